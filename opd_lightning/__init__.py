@@ -1,0 +1,1 @@
+"""On-policy distillation of language models, from a laptop to eight GPUs."""

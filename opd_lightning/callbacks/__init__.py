@@ -1,0 +1,27 @@
+"""When: everything that happens around the training step."""
+
+from opd_lightning.callbacks.agreement_monitor import AgreementMonitor
+from opd_lightning.callbacks.cold_start import ColdStart
+from opd_lightning.callbacks.completion_eval import CompletionEval
+from opd_lightning.callbacks.completion_table import CompletionTable
+from opd_lightning.callbacks.entropy_monitor import EntropyMonitor
+from opd_lightning.callbacks.progress import OPDProgressBar
+from opd_lightning.callbacks.recovery import FiniteLoss, GracefulStop, OPDCheckpoint, RNGState
+from opd_lightning.callbacks.rollout_refresh import RolloutRefresh
+from opd_lightning.callbacks.step_monitor import StepMonitor, TrainMonitor
+
+__all__ = [
+    "AgreementMonitor",
+    "ColdStart",
+    "CompletionEval",
+    "CompletionTable",
+    "EntropyMonitor",
+    "FiniteLoss",
+    "GracefulStop",
+    "OPDCheckpoint",
+    "OPDProgressBar",
+    "RNGState",
+    "RolloutRefresh",
+    "StepMonitor",
+    "TrainMonitor",
+]

@@ -1,0 +1,256 @@
+"""RolloutRefresh: the only place where text is written during training."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from opd_lightning import parallel
+from opd_lightning.callbacks.step_monitor import at_step_end
+from opd_lightning.callbacks.writing import RunWriters
+from opd_lightning.data.buffer import Plan, RolloutBuffer
+from opd_lightning.objectives.validate import refuse_unfit_source
+from opd_lightning.samplers import NativeSampler
+from opd_lightning.seeds import run_seed
+from opd_lightning.sources import Source, StudentSource
+from opd_lightning.types import Rollout
+
+
+class RolloutRefresh(pl.Callback):
+    """Fills the rollout buffer: which prompts, who writes, how often.
+
+    Args:
+        source: who writes the completions.
+        sampler: how completions are drawn.
+        rollouts_per_prompt: completions of every prompt (the group); divides data.batch_size.
+        every_n_steps: optimizer steps between two refreshes. 1 is strictly on-policy; more shows as staleness.
+        passes: how often every rollout is used; divides every_n_steps.
+        seed: of all rollouts; null takes ``seed_everything``.
+
+    Raises:
+        ValueError: for sizes that do not fit, naming the key.
+    """
+
+    def __init__(
+        self,
+        source: Source = StudentSource(),
+        sampler: NativeSampler = NativeSampler(),
+        rollouts_per_prompt: int = 1,
+        every_n_steps: int = 1,
+        passes: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        if min(rollouts_per_prompt, every_n_steps, passes) < 1 or every_n_steps % passes:
+            raise ValueError(
+                f"rollout.rollouts_per_prompt={rollouts_per_prompt}, every_n_steps={every_n_steps}, passes={passes}: all must "
+                "be at least 1, and passes must divide every_n_steps"
+            )
+        self.source, self.sampler = source, sampler
+        self.rollouts_per_prompt, self.every_n_steps, self.passes = rollouts_per_prompt, every_n_steps, passes
+        self.seed = run_seed(seed)
+        self.buffer: RolloutBuffer | None = None
+        self.pending: dict[str, float] = {}
+        self._loaded: dict[str, Any] | None = None
+        self._alone = False
+
+    # ---- wiring: datamodule.setup, then callbacks, then module.setup, all before train_dataloader() ------------------------
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None:
+            raise ValueError("RolloutRefresh needs trainer.fit(module, datamodule=PromptDataModule(...))")
+        if trainer.fit_loop.max_epochs not in (None, -1):
+            raise ValueError(
+                "one Lightning epoch is the whole run: set trainer.max_steps (or max_time), not trainer.max_epochs"
+            )
+        if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            raise ValueError("RolloutRefresh owns the refresh: leave trainer.reload_dataloaders_every_n_epochs at 0")
+        plan = self._plan(trainer, data.batch_size, data.micro_batch_size)
+        trainer.accumulate_grad_batches = plan.accumulate
+        if self.buffer is None or self.buffer.plan != plan:  # a second fit() keeps the buffer
+            self.buffer = RolloutBuffer(plan, self.seed)
+        self.buffer.refill = lambda refresh: self.refresh(trainer, pl_module, refresh)
+        data.buffer = self.buffer
+        data.total_micro_batches = trainer.max_steps * plan.accumulate if trainer.max_steps > 0 else 10**9
+        self._check_source(pl_module)
+
+    def _plan(self, trainer: pl.Trainer, batch_size: int, micro_batch_size: int) -> Plan:
+        world = trainer.world_size
+        share, rest = divmod(batch_size, world)
+        if rest:
+            raise ValueError(f"data.batch_size={batch_size} must be a multiple of the {world} devices")
+        micro = micro_batch_size or share
+        if share % micro:
+            raise ValueError(
+                f"data.micro_batch_size={micro} must divide the {share} rollouts that each of {world} device(s) has of "
+                f"data.batch_size={batch_size}"
+            )
+        if batch_size % self.rollouts_per_prompt:
+            raise ValueError(
+                f"rollout.rollouts_per_prompt={self.rollouts_per_prompt} must divide data.batch_size={batch_size}: the "
+                "rollouts of a prompt stay in one optimizer step"
+            )
+        if trainer.accumulate_grad_batches not in (1, share // micro):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, but data.batch_size={batch_size}, "
+                f"data.micro_batch_size={micro} and {world} device(s) make {share // micro}: leave it out, it is derived"
+            )
+        return Plan(batch_size, micro, self.every_n_steps, self.passes, trainer.global_rank, world)
+
+    def _check_source(self, pl_module: Any) -> None:
+        for phase in pl_module.phases:
+            if phase.end % self.every_n_steps:
+                raise ValueError(
+                    f"{phase.name} ends at step {phase.end}, inside a refresh: make it a multiple of rollout.every_n_steps="
+                    f"{self.every_n_steps}, so that every phase begins with its own rollouts"
+                )
+        stretches = [(p.name, p.source, p.objective) for p in pl_module.phases]
+        for name, source, objective in [*stretches, ("this objective", self.source, pl_module.objective)]:
+            refuse_unfit_source(
+                objective,
+                student_writes=source.student_writes,
+                others_write=source.others_write,
+                steps_per_refresh=self.every_n_steps,
+            )
+            rank_zero_info(f"{name} descends: {objective.declared_target}")
+            if source.student_writes and objective.needs_teacher and self._sampling_differs(objective.temperature):
+                rank_zero_warn(
+                    f"completions are sampled at temperature {self.sampler.temperature:g}, top_p {self.sampler.top_p:g}, top_k "
+                    f"{self.sampler.top_k}, but scored at temperature {objective.temperature:g}: the states are not the "
+                    "student's own. Set them equal (rollout.sampler, model.objective.temperature) to be on-policy."
+                )
+
+    def _sampling_differs(self, temperature: float) -> bool:
+        return self.sampler.temperature != temperature or self.sampler.top_p < 1.0 or self.sampler.top_k > 0
+
+    def source_at(self, pl_module: Any, step: int) -> Source:
+        """The source of an optimizer step: that of the phase it lies in (see `ColdStart`), else the run's own."""
+        phase = pl_module.phase_at(step)
+        return phase.source if phase else self.source
+
+    # ---- state: dump_checkpoint runs on every rank, so they may communicate --------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        if self.buffer is None:
+            return {}
+        rollout = self.buffer.rollout.state() if self.buffer.rollout is not None else None
+        shards = [rollout] if self._alone else parallel.gather_objects(rollout)
+        plan = self.buffer.plan
+        return {
+            "position": self.buffer.position,
+            "accumulate": plan.accumulate,
+            "rows": plan.rows,
+            "refresh": self.buffer.refresh,
+            "scales": [s / (plan.world * plan.accumulate) for s in self.buffer.scales],
+            "shards": shards,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict or None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._loaded is not None:
+            self._restore(trainer, self._loaded)
+            self._loaded = None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data.selector.probe_samples and data.scores is None:
+            data.scores = self._probe(trainer, pl_module, data)
+
+    def _restore(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
+        assert self.buffer is not None
+        buffer, plan = self.buffer, self.buffer.plan
+        step, rest = divmod(state["position"], state["accumulate"])
+        if state["rows"] != plan.rows:
+            raise ValueError(
+                f"the checkpoint's refresh holds {state['rows']} rollouts, this run's {plan.rows}: data.batch_size, "
+                "rollout.every_n_steps and rollout.passes must stay what they were"
+            )
+        if rest and state["accumulate"] != plan.accumulate:
+            raise ValueError("the checkpoint lies inside an optimizer step: resume it on as many devices as it was written on")
+        self.seed = buffer.seed = state["seed"]
+        buffer.position = step * plan.accumulate + rest
+        if state["accumulate"] != plan.accumulate:
+            _count_micro_batches(trainer, buffer.position)
+        if any(shard is None for shard in state["shards"]):
+            return
+        rows = {
+            int(row): (shard, i)
+            for shard in map(Rollout.from_state, state["shards"])
+            for i, row in enumerate(shard.row.tolist())
+        }
+        picked = [rows[row] for row in plan.local_rows(state["refresh"])]
+        rollout = Rollout.cat([shard.select(torch.tensor([i])) for shard, i in picked])
+        buffer.put(state["refresh"], rollout, [s * plan.world * plan.accumulate for s in state["scales"]])
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._alone = True  # other ranks may be gone
+
+    # ---- the refresh: called by the loader, after the last optimizer step with its checkpoints and validation ---------------
+    def refresh(self, trainer: pl.Trainer, pl_module: Any, refresh: int) -> None:
+        """Write this rank's rollouts of a refresh and put them into the buffer."""
+        assert self.buffer is not None
+        plan = self.buffer.plan
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        rows = plan.local_rows(refresh)
+        prompts = [replace(data.prompt_at(row // self.rollouts_per_prompt), row=row) for row in rows]
+        first_step = refresh * self.every_n_steps
+        started = time.perf_counter()
+        writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "rollout")
+        completions = self.source_at(pl_module, first_step).produce(prompts, writers)
+        seconds = time.perf_counter() - started
+        rollout = Rollout.of(prompts, completions, pl_module.vocabulary.pad_id)
+        self.buffer.put(refresh, rollout, self._scales(rollout, pl_module.objective_at(first_step).reduction))
+        self.pending = self._measure(rollout, seconds)
+
+    def _scales(self, rollout: Rollout, reduction: Any) -> list[float]:
+        """One loss factor per distinct optimizer step: micro-batches and ranks over the step's denominator."""
+        assert self.buffer is not None
+        plan = self.buffer.plan
+        share = plan.micro_batch_size * plan.accumulate
+        local = [reduction.denominator(rollout.mask[c * share : (c + 1) * share]) for c in range(plan.chunks)]
+        return [plan.world * plan.accumulate / max(total, 1.0) for total in parallel.sum_over_ranks(local)]
+
+    def _measure(self, rollout: Rollout, seconds: float) -> dict[str, float]:
+        local = [float(rollout.mask.sum()), float(len(rollout)), float((~rollout.ended).sum()), seconds / parallel.world_size()]
+        tokens, count, truncated, mean_seconds = parallel.sum_over_ranks(local)
+        return {
+            "rollout/completion_tokens": tokens / count,
+            "rollout/truncated": truncated / count,
+            "rollout/seconds": mean_seconds,
+            "rollout/tokens_per_second": tokens / max(mean_seconds, 1e-9),
+        }
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Rollout, batch_idx: int
+    ) -> None:
+        if self.pending and at_step_end(trainer):
+            pl_module.log_dict(self.pending, batch_size=1)
+            self.pending = {}
+
+    # ---- the probe of ByDifficulty -----------------------------------------------------------------------------------------
+    def _probe(self, trainer: pl.Trainer, pl_module: Any, data: Any) -> list[float]:
+        if data.grader is None:
+            raise ValueError(f"data.selector {data.selector!r} needs a prompt set with a grader (a task)")
+        n, prompts = data.selector.probe_samples, data.train_prompts
+        world, rank = parallel.world_size(), parallel.rank()
+        mine = [replace(p, row=i * n + s) for i, p in enumerate(prompts) if i % world == rank for s in range(n)]
+        writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "probe")
+        written = writers.student(mine)
+        scores = {p.row: data.grader(p.fields, pl_module.vocabulary.decode(c.ids)) for p, c in zip(mine, written, strict=True)}
+        everything: dict[int, float] = {}
+        for part in parallel.gather_objects(scores):
+            everything |= part
+        return [sum(everything[i * n + s] for s in range(n)) / n for i in range(len(prompts))]
+
+
+def _count_micro_batches(trainer: pl.Trainer, position: int) -> None:
+    """Tell Lightning how many micro-batches are done, after a change in how many make an optimizer step."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    for counter in (progress.total, progress.current):
+        counter.ready = counter.started = counter.processed = counter.completed = position

@@ -1,0 +1,172 @@
+"""Prompts for training and for held-out evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from opd_lightning import parallel
+from opd_lightning.data.buffer import RolloutBuffer, RolloutLoader
+from opd_lightning.data.prompts import PromptSet, Row
+from opd_lightning.data.selectors import Selector, Shuffled
+from opd_lightning.data.templates import AutoTemplate, Template
+from opd_lightning.metrics.graders import Grader
+from opd_lightning.models.vocabulary import Vocabulary
+from opd_lightning.seeds import run_seed
+from opd_lightning.types import Prompt
+
+
+class PromptDataModule(pl.LightningDataModule):
+    """Which prompts are trained on, which are held out, and how they are cut into batches.
+
+    Args:
+        prompts: the prompt set.
+        held_out: rows at the end of the set that are kept for evaluation and never trained on.
+        held_out_prompts: a set of its own for evaluation, instead of ``held_out``.
+        selector: order of the training prompts.
+        template: renders prompts for the student.
+        teacher_template: renders prompts for the teacher; null shows it what the student sees. What only this one holds is
+            privileged information.
+        batch_size: rollouts of one optimizer step, over all devices. It stays the same on one device and on eight.
+        micro_batch_size: rollouts of one forward pass on one device; 0 takes all of the device's share at once. Gradient
+            accumulation follows from the two.
+        max_prompt_tokens: longer prompts are left out, with a warning; 0 keeps all.
+        seed: of the prompt order; null takes ``seed_everything``.
+
+    Raises:
+        ValueError: for sizes that are out of range.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptSet,
+        held_out: int = 0,
+        held_out_prompts: PromptSet | None = None,
+        selector: Selector = Shuffled(),
+        template: Template = AutoTemplate(),
+        teacher_template: Template | None = None,
+        batch_size: int = 32,
+        micro_batch_size: int = 0,
+        max_prompt_tokens: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or micro_batch_size < 0:
+            raise ValueError(
+                f"data.batch_size={batch_size}, data.micro_batch_size={micro_batch_size}: the first must be at least 1, the "
+                "second at least 0 (0 takes the whole share of a device)"
+            )
+        if held_out and held_out_prompts is not None:
+            raise ValueError("give data.held_out (rows of the same set) or data.held_out_prompts (another set), not both")
+        self.prompt_set, self.held_out, self.held_out_prompts = prompts, held_out, held_out_prompts
+        self.selector, self.template, self.teacher_template = selector, template, teacher_template
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.max_prompt_tokens, self.seed = max_prompt_tokens, run_seed(seed)
+        self.train_prompts: list[Prompt] = []
+        self.eval_prompts: list[Prompt] = []
+        self.scores: list[float] | None = None
+        self.buffer: RolloutBuffer | None = None
+        self.total_micro_batches = 0
+        self.vocabulary: Vocabulary | None = None
+        self.limit_held_out: int | None = None
+        self._orders: dict[int, list[int]] = {}
+
+    # ---- preparation ---------------------------------------------------------------------------------------------------
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_prompts or self.eval_prompts:
+            return
+        if self.vocabulary is None:
+            if self.trainer is None:
+                raise RuntimeError("outside a Trainer, set `datamodule.vocabulary` (module.vocabulary) before setup()")
+            module: Any = self.trainer.lightning_module
+            self.vocabulary = module.vocabulary
+        rows = self.prompt_set.rows()
+        if self.held_out >= len(rows):
+            raise ValueError(f"data.held_out={self.held_out}, but the prompt set has only {len(rows)} rows")
+        cut = len(rows) - self.held_out
+        held = self.held_out_prompts.rows() if self.held_out_prompts is not None else rows[cut:]
+        self.train_prompts = self._tokenize(rows[:cut], 0)
+        self.eval_prompts = self._tokenize(held, cut)
+        if not self.train_prompts:
+            raise ValueError(
+                f"no training prompt is left: all {cut} are longer than data.max_prompt_tokens={self.max_prompt_tokens}"
+            )
+
+    def _tokenize(self, rows: Sequence[Row], first: int) -> list[Prompt]:
+        assert self.vocabulary is not None
+        tokenizer = self.vocabulary.tokenizer
+        out, too_long = [], 0
+        for index, row in enumerate(rows, first):
+            ids = self.template.ids(row, tokenizer)
+            if self.max_prompt_tokens and len(ids) > self.max_prompt_tokens:
+                too_long += 1
+                continue
+            text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            reference = None
+            if row.get("completion") is not None:
+                written = tokenizer(row["completion"], add_special_tokens=False).input_ids
+                reference = (*written, self.vocabulary.eos_ids[0])
+            theirs = self.teacher_template.ids(row, tokenizer) if self.teacher_template is not None else None
+            out.append(Prompt(index, text, ids, theirs, reference, dict(row)))
+        if too_long:
+            rank_zero_warn(
+                f"{too_long} of {len(rows)} prompts are longer than data.max_prompt_tokens={self.max_prompt_tokens}: left out"
+            )
+        return out
+
+    def replace_prompts(self, prompts: PromptSet) -> None:
+        """Use other prompts, all of them held out (for generation)."""
+        self.prompt_set = self.held_out_prompts = prompts
+        self.held_out = 0
+        self.train_prompts, self.eval_prompts = [], []
+
+    @property
+    def grader(self) -> Grader | None:
+        """The grader that belongs to the held-out set, if it has one."""
+        return (self.held_out_prompts or self.prompt_set).grader()
+
+    # ---- the stream of prompts -----------------------------------------------------------------------------------------
+    def prompt_at(self, position: int) -> Prompt:
+        """The prompt at a place of the endless stream: a function of the seed, the selector and the place."""
+        epoch, offset = 0, position
+        while offset >= len(order := self._order(epoch)):
+            offset -= len(order)
+            epoch += 1
+        return self.train_prompts[order[offset]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            self._orders[epoch] = self.selector.order(self.train_prompts, self.scores, epoch, self.seed)
+        return self._orders[epoch]
+
+    # ---- loaders -------------------------------------------------------------------------------------------------------
+    def train_dataloader(self) -> RolloutLoader:
+        if self.buffer is None:
+            raise RuntimeError("PromptDataModule has no rollout buffer: RolloutRefresh must be among the callbacks")
+        return RolloutLoader(self.buffer, self.total_micro_batches)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Held-out prompts of this rank, the same number on every rank; a filler has row -1."""
+        world, rank = parallel.world_size(), parallel.rank()
+        held_out = self.eval_prompts[: self.limit_held_out]
+        own = [replace(p, row=i) for i, p in enumerate(held_out) if i % world == rank]
+        own += [replace(held_out[0], row=-1)] * (-(-len(held_out) // world) - len(own)) if held_out else []
+        size = max(1, self.micro_batch_size or 64)
+        # its own generator: iter(DataLoader) would draw from the training's random numbers
+        return DataLoader(own, batch_size=size, collate_fn=list, generator=torch.Generator())  # type: ignore[arg-type]
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+    # ---- state ---------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores = state["scores"]
+        self._orders.clear()

@@ -1,0 +1,84 @@
+"""From a row to the tokens that a model continues."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from opd_lightning.configurable import Configurable
+
+__all__ = ["AutoTemplate", "ChatTemplate", "PlainTemplate", "Template"]
+
+
+class Template(Configurable, ABC):
+    """Renders the ``prompt`` of a row: a text, or a list of chat messages."""
+
+    @abstractmethod
+    def text(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+        """The rendered prompt, special tokens included."""
+
+    def ids(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Tokens of the rendered prompt."""
+        return tuple(tokenizer(self.text(row, tokenizer), add_special_tokens=False).input_ids)
+
+
+class PlainTemplate(Template):
+    """The text itself between a prefix and a suffix, opened by the tokenizer's BOS where it has one.
+
+    Args:
+        prefix: in front of every prompt.
+        suffix: behind every prompt.
+    """
+
+    def __init__(self, prefix: str = "", suffix: str = "") -> None:
+        self.prefix, self.suffix = prefix, suffix
+
+    def text(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            raise ValueError("PlainTemplate needs a text in `prompt`, got chat messages: use ChatTemplate (data.template)")
+        return f"{tokenizer.bos_token or ''}{self.prefix}{prompt}{self.suffix}"
+
+
+class ChatTemplate(Template):
+    """The tokenizer's own chat template, ending where the assistant begins.
+
+    Args:
+        system: system message; null leaves the template's own default.
+        shots: demonstrations, as [user, assistant] pairs before the prompt.
+        options: further variables of the template, e.g. ``{enable_thinking: false}``.
+    """
+
+    def __init__(
+        self,
+        system: str | None = None,
+        shots: list[list[str]] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.system, self.shots, self.options = system, shots or [], options or {}
+        for shot in self.shots:
+            if len(shot) != 2:
+                raise ValueError(f"ChatTemplate.shots: every demonstration is a [user, assistant] pair, got {shot!r}")
+
+    def text(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "the tokenizer has no chat template: use `data.template: PlainTemplate`, or a chat model (model.student.path)"
+            )
+        prompt = row["prompt"]
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        for user, assistant in self.shots:
+            messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        messages += [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **self.options))
+
+
+class AutoTemplate(Template):
+    """`ChatTemplate` if the tokenizer has a chat template, else `PlainTemplate`."""
+
+    def text(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+        template = ChatTemplate() if tokenizer.chat_template is not None else PlainTemplate()
+        return template.text(row, tokenizer)

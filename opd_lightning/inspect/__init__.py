@@ -1,0 +1,1 @@
+"""Looking before, during and after a run: the exact oracle, the report."""

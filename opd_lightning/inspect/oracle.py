@@ -1,0 +1,281 @@
+"""Exact expected gradients, by enumeration of every completion of a tiny world.
+
+A `TabularWorld` has one logit vector per prefix for the student and one for the teacher, a vocabulary of a few tokens and a
+horizon of a few steps. All completions are enumerated with their probabilities, so the expectation and the covariance of any
+loss's gradient are sums, in float64, not estimates. Use it on your own loss::
+
+    world = TabularWorld.random(vocab=4, horizon=3, seed=0, eos=3)
+    mine = world.moments(lambda rollout, student, teacher: my_loss(student.table, teacher.table, rollout))
+    exact = world.gradient(reverse_kl, gamma=0.0)
+    print((mine.mean - exact).abs().max(), mine.trace)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd_lightning.objectives import Objective, SampledToken, SequenceMean, WrittenToken
+from opd_lightning.types import NOT_A_STUDENT, Completion, Prompt, Rollout
+
+StateDivergence = Callable[[Tensor, Tensor], Tensor]
+"""(student log-probs (S, V), teacher log-probs (S, V)) -> (S,), differentiable in the student."""
+
+Writer = Literal["student", "teacher"]
+PROMPT_TOKEN = 0
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(student ‖ teacher) of every row."""
+    return (student.exp() * (student - teacher)).sum(-1)
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of every row."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Exact moments of a gradient over the student's completions.
+
+    Attributes:
+        mean: (S, V) expected gradient with respect to the student's logits, state by state.
+        trace: trace of its covariance.
+    """
+
+    mean: Tensor
+    trace: float
+
+
+@dataclass(frozen=True)
+class TableLaws:
+    """Rows of a logit table as next-token laws (see `opd_lightning.types.TokenLaws`)."""
+
+    table: Tensor
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def vocab(self) -> int:
+        return self.table.shape[1]
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        return self.table[start:stop]
+
+
+@dataclass(frozen=True)
+class Path:
+    """One completion: its tokens, the states that it visits, and its probability under student and teacher."""
+
+    tokens: tuple[int, ...]
+    states: tuple[int, ...]
+    student: float
+    teacher: float
+    ended: bool
+
+    def probability(self, writer: Writer) -> float:
+        return self.student if writer == "student" else self.teacher
+
+
+class TabularWorld:
+    """All prefixes of a small vocabulary up to a horizon, with a student and a teacher law at each.
+
+    Args:
+        student: (S, V) logits, one row per prefix in the order of `states`.
+        teacher: (S, V) logits.
+        horizon: longest completion.
+        eos: token that ends a completion, or None for a fixed length.
+
+    Raises:
+        ValueError: if a table does not have one row per prefix.
+    """
+
+    def __init__(self, student: Tensor, teacher: Tensor, horizon: int, eos: int | None = None) -> None:
+        self.vocab, self.horizon, self.eos = student.shape[1], horizon, eos
+        self.states: list[tuple[int, ...]] = [()]
+        for prefix in self.states:  # grows while it is read: breadth first
+            if len(prefix) < horizon - 1:
+                self.states += [(*prefix, v) for v in range(self.vocab) if v != eos]
+        for name, table in (("student", student), ("teacher", teacher)):
+            if table.shape != (len(self.states), self.vocab):
+                raise ValueError(
+                    f"{name} table has shape {tuple(table.shape)}; vocabulary {self.vocab}, horizon {horizon} and eos "
+                    f"{eos} make {len(self.states)} prefixes: {(len(self.states), self.vocab)}"
+                )
+        self.student = student.double().requires_grad_(True)
+        self.teacher = teacher.double()
+        self._number = {prefix: i for i, prefix in enumerate(self.states)}
+        self.paths = self._enumerate()
+
+    @classmethod
+    def random(cls, vocab: int, horizon: int, seed: int, eos: int | None = None, scale: float = 1.0) -> TabularWorld:
+        """Independent normal logits for student and teacher, times ``scale``."""
+        branching = vocab if eos is None else vocab - 1
+        count = sum(branching**depth for depth in range(horizon))
+        generator = torch.Generator().manual_seed(seed)
+        student, teacher = scale * torch.randn(2, count, vocab, generator=generator, dtype=torch.float64)
+        return cls(student, teacher, horizon, eos)
+
+    @classmethod
+    def from_probabilities(cls, student: Tensor, teacher: Tensor, horizon: int, eos: int | None = None) -> TabularWorld:
+        """Tables of probabilities instead of logits."""
+        return cls(student.double().log(), teacher.double().log(), horizon, eos)
+
+    def _enumerate(self) -> list[Path]:
+        law, theirs = self.student.detach().softmax(-1), self.teacher.softmax(-1)
+        done: list[Path] = []
+        growing = [Path((), (), 1.0, 1.0, ended=False)]
+        while growing:
+            path = growing.pop()
+            i = self._number[path.tokens]
+            for v in range(self.vocab):
+                ended = v == self.eos
+                longer = Path(
+                    tokens=(*path.tokens, v),
+                    states=(*path.states, i),
+                    student=path.student * float(law[i, v]),
+                    teacher=path.teacher * float(theirs[i, v]),
+                    ended=ended,
+                )
+                (done if ended or len(longer.tokens) == self.horizon else growing).append(longer)
+        return done
+
+    def laws(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (S, V) of student (differentiable) and teacher."""
+        return self.student.log_softmax(-1), self.teacher.log_softmax(-1)
+
+    # ---- estimators ----------------------------------------------------------------------------------------------------
+    def rollout(self, path: Path, writer: Writer = "student") -> Rollout:
+        """The completion as a batch of one, with the writer's recorded log-probabilities, in float64."""
+        law = (self.student.detach() if writer == "student" else self.teacher).log_softmax(-1)
+        recorded = [float(law[s, v]) for s, v in zip(path.states, path.tokens, strict=True)]
+        step = 0 if writer == "student" else NOT_A_STUDENT
+        prompt = Prompt(index=0, text="", ids=(PROMPT_TOKEN,))
+        rollout = Rollout.of([prompt], [Completion(path.tokens, tuple(recorded), path.ended, step)], pad_id=PROMPT_TOKEN)
+        return replace(rollout, sampler_logprobs=torch.tensor([recorded], dtype=torch.float64), scale=1.0)
+
+    def moments(self, loss: Callable[[Rollout, TableLaws, TableLaws], Tensor], writer: Writer = "student") -> Moments:
+        """Exact mean and covariance trace of the gradient of ``loss(rollout, student, teacher)`` over all completions."""
+        mean, second = torch.zeros_like(self.teacher), 0.0
+        for path in self.paths:
+            rows = torch.tensor(path.states)
+            value = loss(self.rollout(path, writer), TableLaws(self.student[rows]), TableLaws(self.teacher[rows]))
+            (gradient,) = torch.autograd.grad(value, self.student)
+            mean += path.probability(writer) * gradient
+            second += path.probability(writer) * float(gradient.square().sum())
+        return Moments(mean, second - float(mean.square().sum()))
+
+    def moments_of(self, objective: Objective, writer: Writer = "student") -> Moments:
+        """Moments of an objective of the package, summed over the completion's (weighted) tokens.
+
+        The same as `moments`, in one pass: an objective is a sum over rows, so the gradient of every row can be told apart.
+        """
+        batch = Rollout.cat([self.rollout(path, writer) for path in self.paths])
+        states = torch.tensor([s for path in self.paths for s in path.states])
+        owner = torch.tensor([i for i, path in enumerate(self.paths) for _ in path.states])
+        rows = self.student.detach()[states].requires_grad_(True)
+        loss = objective(TableLaws(rows), TableLaws(self.teacher[states]), batch).loss
+        (gradient,) = torch.autograd.grad(loss, rows)
+        per_path = torch.zeros(len(self.paths), *self.teacher.shape, dtype=torch.float64)
+        per_path.index_put_((owner, states), gradient, accumulate=True)
+        weights = torch.tensor([path.probability(writer) for path in self.paths], dtype=torch.float64)
+        mean = (weights[:, None, None] * per_path).sum(0)
+        second = (weights * per_path.square().sum((1, 2))).sum()
+        return Moments(mean, float(second - mean.square().sum()))
+
+    def moments_of_advantages(self, advantages: Callable[[Path], list[float]]) -> Moments:
+        """Moments of ``-sum_t A_t log p(y_t)`` for any advantages that may look at the whole completion."""
+        by_tokens = {path.tokens: path for path in self.paths}
+
+        def loss(rollout: Rollout, student: TableLaws, teacher: TableLaws) -> Tensor:
+            tokens = rollout.text.targets[rollout.mask]
+            logprobs = student.table.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+            weights = torch.tensor(advantages(by_tokens[tuple(tokens.tolist())]), dtype=torch.float64)
+            return -(weights * logprobs).sum()
+
+        return self.moments(loss)
+
+    # ---- targets -------------------------------------------------------------------------------------------------------
+    def visitation(self, writer: Writer = "student") -> Tensor:
+        """(S,) probability that the writer reaches every state."""
+        law = (self.student if writer == "student" else self.teacher).softmax(-1)
+        reach: list[Tensor] = [law.new_ones(())]
+        for prefix in self.states[1:]:
+            parent = self._number[prefix[:-1]]
+            reach.append(reach[parent] * law[parent, prefix[-1]])
+        return torch.stack(reach)
+
+    def value(self, divergence: StateDivergence, gamma: float = 1.0) -> Tensor:
+        """(S,) expected discounted sum of the divergence from every state on, its own included."""
+        law, local = self.student.softmax(-1), divergence(*self.laws())
+        values: dict[tuple[int, ...], Tensor] = {}
+        for prefix in reversed(self.states):
+            i = self._number[prefix]
+            later = [law[i, v] * values[(*prefix, v)] for v in range(self.vocab) if (*prefix, v) in values]
+            values[prefix] = local[i] + gamma * sum(later, law.new_zeros(()))
+        return torch.stack([values[prefix] for prefix in self.states])
+
+    def gradient(self, divergence: StateDivergence, gamma: float, writer: Writer = "student") -> Tensor:
+        """(S, V) gradient of the target of a credit.
+
+        gamma = 0: ``sum_s d(s) D(s)`` with the writer's visitation d held fixed. gamma = 1: ``E sum_t D(s_t)`` with the
+        visitation differentiated too. Between them, the field in which a token answers for what comes k tokens later with
+        weight gamma^k.
+        """
+        local = divergence(*self.laws())
+        if gamma > 0.0:
+            values = self.value(divergence, gamma).detach()
+            later = torch.zeros_like(self.teacher)
+            for prefix, i in self._number.items():
+                if prefix:
+                    later[self._number[prefix[:-1]], prefix[-1]] = gamma * values[i]
+            local = local + (self.student.softmax(-1) * later).sum(-1)
+        (gradient,) = torch.autograd.grad((self.visitation(writer).detach() * local).sum(), self.student)
+        return gradient
+
+    def declared_gradient(self, objective: Objective, writer: Writer = "student") -> Tensor:
+        """(S, V) gradient that ``objective.declared_target`` names, its declared biases included.
+
+        A sampled token is replaced by the full sum that it stands for; only where the declared bias is that a weight
+        depends on the sampled tokens (1 / length) is the sum taken over completions.
+        """
+        if isinstance(objective.reduction, SequenceMean):
+            return self._per_completion(objective, writer)
+        return self.gradient(_state_divergence(objective), objective.credit.gamma, writer)
+
+    def _per_completion(self, objective: Objective, writer: Writer) -> Tensor:
+        """Gradient of ``sum_y P(y) / |y| * sum_t [...]`` with P held fixed, the brackets in closed form."""
+        student, teacher = self.laws()
+        divergence, gamma = objective.divergence, objective.credit.gamma
+        at_state = _state_divergence(objective)(student, teacher)
+        advantage, sample_cost = (f(student, teacher).detach() for f in (divergence.advantage, divergence.value))
+        total = student.new_zeros(())
+        for path in self.paths:
+            steps = list(zip(path.states, path.tokens, strict=True))
+            costs = [sample_cost[s, v] if objective.support.sampled else at_state[s].detach() for s, v in steps]
+            inner = student.new_zeros(())
+            for t, (s, v) in enumerate(steps):
+                later = sum((gamma**k * costs[t + k] for k in range(1, len(steps) - t)), student.new_zeros(()))
+                if isinstance(objective.support, WrittenToken):
+                    inner = inner - student[s, v]
+                elif objective.support.sampled:
+                    inner = inner + (later - advantage[s, v]) * student[s, v]
+                else:
+                    inner = inner + at_state[s] + later * student[s, v]
+            total = total + path.probability(writer) / len(steps) * inner
+        (gradient,) = torch.autograd.grad(total, self.student)
+        return gradient
+
+
+def _state_divergence(objective: Objective) -> StateDivergence:
+    """The divergence that an objective compares at one state, as a function of the two laws."""
+    if isinstance(objective.support, (SampledToken, WrittenToken)):
+        return lambda student, teacher: objective.divergence.entry(student, teacher).sum(-1)
+    any_token = torch.zeros(1, dtype=torch.long)
+    return lambda student, teacher: objective.score(student, teacher, any_token.expand(len(student)))[0]

@@ -1,0 +1,45 @@
+"""Everything that is logged, each defined once: what it is, its unit, which way is good."""
+
+from __future__ import annotations
+
+METRICS: dict[str, str] = {
+    "train/loss": "Objective value, divided as the reduction says. A monitor, not a potential: for gamma < 1 it need not fall.",
+    "train/reverse_kl": "KL(student ‖ teacher), nats per token over the full vocabulary, on the rollouts trained on. Falls.",
+    "train/student_entropy": "Entropy of the student's next-token law, nats per token. A fall to 0 is a collapse.",
+    "train/teacher_entropy": "Entropy of the teacher's law on the student's states, nats per token.",
+    "train/entropy_gap": "Mean of abs(teacher entropy - student entropy), nats. Falls towards 0.",
+    "train/overlap": "Share of the student's top-k tokens that are in the teacher's top-k, 0 to 1. Rises in runs that succeed.",
+    "train/student_overlap_mass": "Student probability on the shared top-k tokens, 0 to 1. Above 0.97 is healthy.",
+    "train/teacher_overlap_mass": "Teacher probability on the shared top-k tokens, 0 to 1.",
+    "train/overlap_advantage": "Mean advantage of the shared top-k tokens, nats, never positive. Rises towards 0.",
+    "train/ratio_deviation": "Mean of abs(p / p_sampler - 1) on sampled tokens. 0 on-policy but for rounding.",
+    "train/staleness": "Optimizer steps between writing and use, mean over the student's rollouts. 0 is on-policy.",
+    "train/gradient_norm": "L2 norm of the gradient before clipping.",
+    "train/learning_rate": "Learning rate of the first parameter group.",
+    "train/step_seconds": "Wall-clock of an optimizer step, rollouts included.",
+    "rollout/completion_tokens": "Mean length of the completions of a refresh, tokens, EOS included.",
+    "rollout/truncated": "Share of completions cut by max_new_tokens, 0 to 1. A rise warns of length inflation.",
+    "rollout/seconds": "Wall-clock of a refresh.",
+    "rollout/tokens_per_second": "Completion tokens written per second, all ranks.",
+    "eval/accuracy": "Mean score of held-out completions under the grader, 0 to 1.",
+    "eval/reverse_kl": "KL(student ‖ teacher), nats per token, on the student's held-out completions. Falls.",
+    "eval/completion_tokens": "Mean length of held-out completions, tokens.",
+    "eval/truncated": "Share of held-out completions cut by max_new_tokens.",
+    "eval/neutral_nll": "Negative log-likelihood of neutral text under the student, nats per token. Should not move.",
+}
+"""``eval/pass@k`` (k from the configuration) is the chance that one of k completions of a prompt is right."""
+
+
+def define(key: str) -> str:
+    """The definition of a logged key; empty if it is not one of ours.
+
+    >>> define("eval/pass@4")
+    'Chance that at least one of 4 completions of a held-out prompt is right, unbiased estimate.'
+    """
+    if key.startswith("eval/pass@"):
+        k = key.removeprefix("eval/pass@")
+        return f"Chance that at least one of {k} completions of a held-out prompt is right, unbiased estimate."
+    if key.startswith(("train/student_entropy/", "train/teacher_entropy/")):
+        kind, _, bucket = key.rpartition("/")
+        return f"{METRICS[kind]} Positions {bucket} of the completion."
+    return METRICS.get(key, "")

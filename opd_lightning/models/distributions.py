@@ -1,0 +1,98 @@
+"""Next-token laws of a causal language model, a few tokens at a time.
+
+The decoder runs over whole rows; the head, whose output is the vocabulary, runs only over completion positions and only when
+a chunk of them is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_lightning.models.lora import base_of
+from opd_lightning.ops.masks import flatten_completions
+from opd_lightning.types import Rendering
+
+
+@dataclass(frozen=True)
+class DenseLaws:
+    """Hidden states (N, D) and the head that turns them into logits. See `opd_lightning.types.TokenLaws`."""
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+    vocab: int
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        return self.head(self.hidden[start:stop])[:, : self.vocab]
+
+
+def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Hidden states to logits, with the scale or soft-cap that some architectures apply after the matrix product.
+
+    Raises:
+        ValueError: if the model has no output embedding.
+    """
+    base: Any = base_of(model)
+    module = base.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"{type(base).__name__} has no output embedding; a causal language model is needed")
+    config = base.config.get_text_config()
+    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def head(hidden: Tensor) -> Tensor:
+        logits: Tensor = module(hidden)
+        if factor != 1.0:
+            logits = logits * factor
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return head
+
+
+def laws_of(model: nn.Module, text: Rendering, vocab: int) -> DenseLaws:
+    """Laws at the completion tokens of right-padded rows.
+
+    Padding stands behind every real token, so causal attention never sees it and no attention mask is needed.
+    """
+    decoder: Any = base_of(model).get_decoder()  # type: ignore[operator]
+    hidden = decoder(input_ids=text.ids, use_cache=False).last_hidden_state
+    return DenseLaws(flatten_completions(hidden, text.mask), head_of(model), vocab)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every submodule's own mode again outside."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def prove_head(model: nn.Module) -> None:
+    """The head applied to the decoder's hidden states must give the model's own logits.
+
+    Raises:
+        ValueError: for an architecture that does something else between them.
+    """
+    base: Any = base_of(model)
+    device = next(base.parameters()).device
+    ids = torch.arange(4, device=device)[None]
+    expected = base(input_ids=ids, use_cache=False).logits.float()
+    found = head_of(model)(base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state).float()
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{type(base).__name__} transforms its logits in a way that is not known here (largest difference "
+            f"{(found - expected).abs().max():.3g}); please report the architecture"
+        )

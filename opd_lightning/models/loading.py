@@ -1,0 +1,132 @@
+"""From a name in a configuration to weights and a tokenizer, without a network unless the name is a hub model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from opd_lightning.paths import packaged_file
+
+ZOO = Path(__file__).resolve().parent.parent / "zoo"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def cache_dir() -> Path:
+    """Where converted checkpoints are kept: ``$OPD_CACHE``, or ``~/.cache/opd_lightning``."""
+    return Path(os.environ.get("OPD_CACHE", "~/.cache/opd_lightning")).expanduser()
+
+
+def zoo_models() -> list[str]:
+    """Names of the bundled models, as ``path`` takes them."""
+    return sorted(f"zoo/{f.parent.parent.name}/{f.parent.name}" for f in ZOO.glob("*/*/config.json"))
+
+
+def resolve(path: str) -> str:
+    """The folder, GGUF file or hub name that ``path`` stands for.
+
+    Args:
+        path: a folder, a ``.gguf`` file, ``zoo/<task>/<model>``, ``package:<module>/<file>`` (a file that an installed
+            package carries), or a hub name.
+
+    Raises:
+        FileNotFoundError: for a zoo model, package or file that does not exist, naming what does.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return str(local)
+    if path.startswith("zoo/"):
+        if (ZOO / path[4:] / "config.json").is_file():
+            return str(ZOO / path[4:])
+        raise FileNotFoundError(f"{path!r} is not in the zoo. Bundled models: {', '.join(zoo_models()) or 'none'}")
+    if path.startswith("package:"):
+        return str(packaged_file(path))
+    if local.suffix == ".gguf" or path.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no such model file or folder: {path!r}")
+    return path
+
+
+def local_folder(path: str) -> str:
+    """Like `resolve`, with a GGUF file converted once to a folder of safetensors in `cache_dir`."""
+    found = resolve(path)
+    if not found.endswith(".gguf"):
+        return found
+    file = Path(found)
+    stat = file.stat()
+    stamp = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache_dir() / "gguf" / f"{file.stem}-{stamp}"
+    if not (target / "config.json").is_file():
+        _convert_gguf(file, target)
+    return str(target)
+
+
+def _convert_gguf(file: Path, target: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"{file.name} is a GGUF file: pip install 'opd_lightning[gguf]'")
+    print(f"Converting {file.name} to safetensors once, into {target} ...", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if target.exists():  # another process was faster
+        return
+    partial.rename(target)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        OSError: if there is none, saying where it was looked for.
+    """
+    folder = local_folder(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise OSError(f"no tokenizer for {path!r} (looked in {folder!r}): {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise OSError(f"the tokenizer of {path!r} has no end-of-sequence token: completions could never end")
+    return tokenizer
+
+
+def load_config(path: str) -> Any:
+    """The architecture of a model, without its weights."""
+    return AutoConfig.from_pretrained(local_folder(path))
+
+
+def load_model(path: str, dtype: str = "float32") -> nn.Module:
+    """A causal language model in eval mode.
+
+    Its generation settings are reduced to the special tokens: a checkpoint's own ``top_k`` or ``repetition_penalty`` would
+    otherwise fill every sampling field that a caller leaves open.
+
+    Args:
+        path: see `resolve`.
+        dtype: of the weights, one of `DTYPES`.
+
+    Raises:
+        ValueError: for an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    hf_logging.disable_progress_bar()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(local_folder(path), dtype=getattr(torch, dtype))
+    return blank_generation(model)
+
+
+def blank_generation(model: Any) -> nn.Module:
+    """Keep only the special tokens of the generation settings."""
+    old = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id, bos_token_id=old.bos_token_id
+    )
+    fixed: nn.Module = model
+    return fixed

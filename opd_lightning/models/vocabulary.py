@@ -1,0 +1,97 @@
+"""One vocabulary for student and teacher, proven before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+class VocabularyMismatch(ValueError):
+    """Student and teacher do not give the same meaning to the same token ids."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer and what the models need to know of it.
+
+    Attributes:
+        tokenizer: the student's.
+        size: ids that carry a token: 1 + the largest of them. Logit rows beyond it are padding and are cut off before the
+            soft-max, in scoring and in sampling.
+        eos_ids: tokens that end a completion.
+        pad_id: fills rows on the right; never scored.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    size: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, extra_eos: tuple[int, ...] = ()) -> Vocabulary:
+        eos = tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id
+        return cls(
+            tokenizer=tokenizer,
+            size=max(tokenizer.get_vocab().values()) + 1,
+            eos_ids=tuple(dict.fromkeys([eos, *extra_eos])),
+            pad_id=eos if pad is None else pad,
+        )
+
+    def decode(self, ids: list[int] | tuple[int, ...]) -> str:
+        """Text without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def extra_eos(config: Any) -> tuple[int, ...]:
+    """End-of-sequence ids that a model configuration names beside the tokenizer's."""
+    eos = getattr(config, "eos_token_id", None)
+    return tuple(eos) if isinstance(eos, (list, tuple)) else ()
+
+
+def prove_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Every id must mean the same token to both.
+
+    Raises:
+        VocabularyMismatch: with the first differing ids side by side.
+    """
+    ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (student, teacher))
+    if ours == theirs:
+        return
+    differing = [i for i in sorted(ours.keys() | theirs.keys()) if ours.get(i) != theirs.get(i)]
+    shown = "\n".join(
+        f"    id {i}: student {ours.get(i, '(none)')!r}, teacher {theirs.get(i, '(none)')!r}" for i in differing[:5]
+    )
+    raise VocabularyMismatch(
+        f"student and teacher use different tokenizers: {len(differing)} of {len(ours.keys() | theirs.keys())} ids differ, "
+        f"for example\n{shown}\n  Token-level distillation needs one tokenizer. Choose a teacher of the student's family "
+        "(model.teacher.path), or distil the teacher's text with methods/seqkd.yaml after re-tokenizing it."
+    )
+
+
+def prove_rows(vocabulary: Vocabulary, rows: dict[str, int]) -> str:
+    """Every token must have a logit row in every model; rows beyond the tokens are padding.
+
+    Args:
+        vocabulary: the shared one.
+        rows: logit rows of each model, by name.
+
+    Returns:
+        One line that says what is cut off.
+
+    Raises:
+        VocabularyMismatch: if a model has fewer rows than there are tokens.
+    """
+    for name, count in rows.items():
+        if count < vocabulary.size:
+            raise VocabularyMismatch(
+                f"the {name} has {count} logit rows, but the tokenizer's largest id is {vocabulary.size - 1}: some tokens "
+                f"have no row. Resize its embeddings, or use the tokenizer it was trained with (model.{name}.path)."
+            )
+    padded = {name: count - vocabulary.size for name, count in rows.items() if count > vocabulary.size}
+    if not padded:
+        return f"vocabulary: {vocabulary.size} tokens"
+    cut = ", ".join(f"{count} of the {name}" for name, count in padded.items())
+    return f"vocabulary: {vocabulary.size} tokens; padding rows cut off before the soft-max: {cut}"

@@ -1,0 +1,285 @@
+"""OPDModule: a student, a teacher and an objective, in one LightningModule."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from peft import PeftModel
+from torch import nn
+
+from opd_lightning import parallel
+from opd_lightning.configurable import to_plain
+from opd_lightning.models.distributions import evaluating, laws_of, prove_head
+from opd_lightning.models.lora import base_of
+from opd_lightning.models.students import Student, trainable_report
+from opd_lightning.models.teachers import Teacher
+from opd_lightning.models.vocabulary import Vocabulary, extra_eos, prove_rows, prove_same_tokens
+from opd_lightning.objectives import Objective
+from opd_lightning.samplers import NativeSampler
+from opd_lightning.seeds import fold, run_seed
+from opd_lightning.sources import Source
+from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with a source and an objective of its own.
+
+    Attributes:
+        name: shown in messages.
+        end: first optimizer step after it.
+        source: who writes the completions.
+        objective: what is descended.
+    """
+
+    name: str
+    end: int
+    source: Source
+    objective: Objective
+
+
+class OPDModule(pl.LightningModule):
+    """On-policy distillation of a student from a teacher.
+
+    `training_step` is a pure function of a `Rollout`; who wrote it and when is decided by the `RolloutRefresh` callback.
+
+    Args:
+        student: the recipe of the model that learns.
+        teacher: who answers on the student's states.
+        objective: what is descended.
+        optimizer: called with all parameters; frozen ones never get a state.
+        scheduler: called with the optimizer, stepped after every optimizer step; null keeps the learning rate.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        objective: Objective,
+        optimizer: OptimizerCallable = functools.partial(torch.optim.AdamW, lr=1e-4),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self._remember(student=student, teacher=teacher, objective=objective, optimizer=optimizer, scheduler=scheduler)
+        teacher.check(student)
+        self.recipe, self.teacher, self.objective = student, teacher, objective
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.agreement_k = 0  # set by AgreementMonitor
+        self.writer, self.sampler = "student", NativeSampler()  # of predict; set by `opd generate` and CompletionEval
+        self.phases: list[Phase] = []
+        self.student: nn.Module | None = None
+        self._trained_names: set[str] = set()
+        self._checkpoint: dict[str, Any] | None = None
+        self.strict_loading = False  # checkpoints leave the frozen base out; on_load_checkpoint checks what must be there
+
+    def _remember(self, **arguments: Any) -> None:
+        """Store the same plain hyper-parameters whether the CLI or Python built this module."""
+        if _given_hyperparameters.get() is not None:
+            self.save_hyperparameters()
+        else:
+            self.save_hyperparameters({**to_plain(arguments), "_instantiator": "lightning.pytorch.cli.instantiate_module"})
+
+    # ---- building ------------------------------------------------------------------------------------------------------
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The student's tokenizer, available before any weights."""
+        return Vocabulary.of(self.recipe.tokenizer(), extra_eos(self.recipe.config()))
+
+    def setup(self, stage: str) -> None:
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError("trainer.strategy fsdp (FSDP1) cannot write rollouts here: use `--trainer.strategy fsdp2`")
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} rounds rotary tables and batch floats: use `bf16-mixed`, or load "
+                "the weights themselves in bfloat16 (`model.student.dtype: bfloat16`) with precision 32-true"
+            )
+        if self.student is not None:
+            return
+        theirs = self.teacher.tokenizer()
+        if theirs is not None:
+            prove_same_tokens(self.vocabulary.tokenizer, theirs)
+        rows = {"student": int(self.recipe.config().get_text_config().vocab_size)}
+        if (teacher_rows := self.teacher.rows()) is not None:
+            rows["teacher"] = teacher_rows
+        rank_zero_info(prove_rows(self.vocabulary, rows))
+
+    def configure_model(self) -> None:
+        if self.student is not None:  # called again by every fit, validate and predict
+            return
+        student = self.recipe.build()
+        prove_head(student)
+        self.teacher.build(student)
+        self._trained_names = {n for n, p in student.named_parameters() if p.requires_grad}
+        if not self._trained_names:
+            raise ValueError("no parameter of the student is trainable")
+        if self.device_mesh is not None:  # only the FSDP2 strategy sets it
+            mesh = self.device_mesh["data_parallel"]
+            parallel.shard(base_of(student), mesh)
+            if (own := self.teacher.own_model()) is not None:
+                parallel.shard(base_of(own), mesh)
+        self.student = student
+        rank_zero_info(f"student: {trainable_report(student)}")
+
+    def _place_teacher(self) -> None:
+        own = self.teacher.own_model()
+        if own is not None and self.device_mesh is None:
+            own.to(self.device)
+
+    def on_fit_start(self) -> None:
+        self._place_teacher()
+        if self._checkpoint is not None:
+            _optimizer_states_by_position(self, self._checkpoint)
+            self._checkpoint = None
+
+    on_validation_start = on_test_start = on_predict_start = _place_teacher
+
+    @property
+    def _student(self) -> nn.Module:
+        if self.student is None:
+            raise RuntimeError("the student is built by configure_model(), which the Trainer calls")
+        return self.student
+
+    # ---- writing and scoring -------------------------------------------------------------------------------------------
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        who: str,
+        sampler: NativeSampler,
+        seeds: Sequence[int],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """Completions of the ``student`` or the ``teacher``, without gradient, each behind its own prompt."""
+        student = self._student
+        own = self.teacher.own_model()
+        with evaluating(student), parallel.whole_weights(student, own):
+            if who == "student":
+                ids = [p.ids for p in prompts]
+                return sampler.write(student, ids, seeds, self.vocabulary, self.global_step, on_progress)
+            ids = [p.teacher_ids or p.ids for p in prompts]
+            with self.teacher.speaking(student) as model:
+                return sampler.write(model, ids, seeds, self.vocabulary, NOT_A_STUDENT, on_progress)
+
+    def score(self, rollout: Rollout, objective: Objective, agreement_k: int = 0) -> ObjectiveOutput:
+        """Both models' laws on a rollout, compared by an objective."""
+
+        def compare() -> ObjectiveOutput:
+            size = self.vocabulary.size
+            ours = laws_of(self._student, rollout.text, size)
+            theirs = None
+            if objective.needs_teacher:
+                theirs = self.teacher.laws(self._student, rollout.for_teacher, size)
+            return objective(ours, theirs, rollout, agreement_k)
+
+        return parallel.run_inside(base_of(self._student), compare)
+
+    def phase_at(self, step: int) -> Phase | None:
+        """The phase that an optimizer step lies in; None in the main part. A function of the step, so resuming is exact."""
+        return next((phase for phase in self.phases if step < phase.end), None)
+
+    def objective_at(self, step: int) -> Objective:
+        """The objective of an optimizer step."""
+        phase = self.phase_at(step)
+        return phase.objective if phase else self.objective
+
+    # ---- steps ---------------------------------------------------------------------------------------------------------
+    def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, Any]:
+        out = self.score(rollout, self.objective_at(self.global_step), self.agreement_k)
+        return {"loss": out.loss, "output": out}
+
+    def validation_step(self, prompts: list[Prompt], batch_idx: int) -> None:
+        """The work is done by `CompletionEval`, which writes and grades completions of the batch."""
+
+    test_step = validation_step
+
+    def predict_step(self, prompts: list[Prompt], batch_idx: int) -> list[dict[str, Any]]:
+        """Completions of `writer` behind the prompts."""
+        seeds = [fold(run_seed(None), "predict", p.row) for p in prompts]
+        written = self.write(prompts, self.writer, self.sampler, seeds)
+        return [
+            {"prompt": p.text, "completion": self.vocabulary.decode(c.ids), "ended": c.ended}
+            for p, c in zip(prompts, written, strict=True)
+            if p.row >= 0
+        ]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch.to(device) if isinstance(batch, Rollout) else batch
+
+    def configure_optimizers(self) -> Any:
+        # Every parameter in one group: Lightning maps states to sharded strategies by position in parameters().
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------------
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what training changes: the frozen base of a LoRA student and the teacher are not in the file."""
+        kept = {f"student.{name}" for name in self._trained_names}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        _optimizer_states_by_name(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found = set(checkpoint["state_dict"])
+        missing = sorted(f"student.{name}" for name in self._trained_names if f"student.{name}" not in found)
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} of {len(self._trained_names)} trained tensors (first: {missing[0]}). It "
+                "belongs to another student: compare model.student in its config with this run's."
+            )
+        if self._trainer is not None:
+            self._checkpoint = checkpoint
+
+    def export(self, folder: str | Path, merge: bool = False) -> Path:
+        """Write the student as a Hugging Face folder with its tokenizer.
+
+        Args:
+            folder: target; made if needed.
+            merge: for a LoRA student, fold the adapter into the weights and write a plain model; else the adapter alone.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        student: Any = self._student
+        if merge and isinstance(student, PeftModel):
+            student = copy.deepcopy(student).merge_and_unload()
+        student.save_pretrained(target)
+        self.vocabulary.tokenizer.save_pretrained(target)
+        return target
+
+
+def _optimizer_states_by_name(module: OPDModule, checkpoint: dict[str, Any]) -> None:
+    """Key optimizer states by parameter name, so that a checkpoint moves between strategies."""
+    names = list(parallel.parameter_names(module))
+    renamed = []
+    for state in checkpoint.get("optimizer_states", []):
+        if not state or any(isinstance(i, str) for g in state["param_groups"] for i in g["params"]):
+            renamed.append(state)  # empty on ranks > 0, or by name already (distributed folder)
+            continue
+        groups = [{**g, "params": [names[i] for i in g["params"]]} for g in state["param_groups"]]
+        renamed.append({"state": {names[i]: s for i, s in state["state"].items()}, "param_groups": groups})
+    checkpoint["optimizer_states"] = renamed
+
+
+def _optimizer_states_by_position(module: OPDModule, checkpoint: dict[str, Any]) -> None:
+    """The reverse for plain strategies, which restore by position; sharded ones read names themselves."""
+    if parallel.is_sharded(module.trainer.strategy):
+        return
+    index = {name: i for i, name in enumerate(parallel.parameter_names(module))}
+    checkpoint["optimizer_states"] = [
+        {
+            "state": {index[n]: s for n, s in state["state"].items()},
+            "param_groups": [{**g, "params": [index[n] for n in g["params"]]} for g in state["param_groups"]],
+        }
+        for state in checkpoint.get("optimizer_states", [])
+    ]

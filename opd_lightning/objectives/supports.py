@@ -1,0 +1,204 @@
+"""Where two laws are compared: which vocabulary entries, and what closes a truncated sum.
+
+A support is a quadrature rule. Exact supports sum over entries and are differentiated through; the sampled token stands
+for the whole sum with a score-function weight. Both give `Scores`, and nothing later sees the vocabulary.
+
+The closures of a truncated reverse KL differ by one constant b in the gradient ``sum_S p_v (d_v - b) grad log p_v`` (S
+the support, d = log p - log q, m and m_T the student's and the teacher's mass on S):
+
+==============  =====================  ==========================================================================
+closure         b                      what it does
+==============  =====================  ==========================================================================
+tail            log (1-m)/(1-m_T)      exact divergence of the (K+1)-way coarsening: a lower bound of the full one
+renormalize     mean of d on S         exact divergence of the two laws restricted to S: blind to the mass outside
+stop_gradient   0                      the generalised (Bregman) divergence on S: zero exactly when p = q on S
+raw             -1                     descends the student's own mass on S; its optimum is p = q / e on S
+==============  =====================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from opd_lightning.configurable import Configurable
+from opd_lightning.objectives.divergences import Divergence
+from opd_lightning.ops import logprobs as lp
+
+__all__ = ["FullVocab", "SampledToken", "Support", "TopK", "WrittenToken"]
+
+Chooser = Literal["student", "teacher", "union", "intersection"]
+Closure = Literal["tail", "renormalize", "stop_gradient", "raw"]
+
+
+class Scores(NamedTuple):
+    """What is left of the vocabulary, per token.
+
+    Attributes:
+        direct: (N,) differentiated as it stands.
+        reward: (N,) detached advantage of the token itself, multiplied by the score function; None if there is none.
+        cost: (N,) detached cost that earlier tokens answer for; None if it is not defined.
+    """
+
+    direct: Tensor | None
+    reward: Tensor | None
+    cost: Tensor | None
+
+
+class Support(Configurable, ABC):
+    """A choice of vocabulary entries.
+
+    Attributes:
+        sampled: True if it stands on the drawn token and needs the recorded sampler log-probabilities.
+        needs_teacher: False if the text alone is the target.
+    """
+
+    sampled: bool = False
+    needs_teacher: bool = True
+
+    @abstractmethod
+    def score(
+        self,
+        divergence: Divergence,
+        student: Float[Tensor, "N V"],
+        teacher: Float[Tensor, "N V"] | None,
+        tokens: Int[Tensor, " N"],
+    ) -> Scores:
+        """Compare the two laws at every token."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What `declared_target` prints."""
+
+
+class FullVocab(Support):
+    """Every vocabulary entry: the exact divergence. With a local teacher this costs no more than a top-k, whose
+    normalisers need the full logits too.
+    """
+
+    title = "full vocabulary"
+
+    def score(
+        self,
+        divergence: Divergence,
+        student: Float[Tensor, "N V"],
+        teacher: Float[Tensor, "N V"] | None,
+        tokens: Int[Tensor, " N"],
+    ) -> Scores:
+        assert teacher is not None
+        value = divergence.entry(student, teacher).sum(-1)
+        return Scores(direct=value, reward=None, cost=value.detach())
+
+
+class TopK(Support):
+    """The k likeliest entries, closed to a proper comparison.
+
+    Args:
+        k: entries per chooser, at least 1.
+        by: who picks: ``student``, ``teacher``, their ``union`` or their ``intersection``.
+        closure: what stands for the rest (table at the head of this module). ``raw`` drains the student's own mass and
+            is accepted only under ``allow_degenerate: true``.
+
+    Raises:
+        ValueError: for k < 1 or an unknown chooser or closure.
+    """
+
+    def __init__(self, k: int, by: Chooser = "student", closure: Closure = "tail") -> None:
+        if k < 1:
+            raise ValueError(f"TopK(k={k}): k must be at least 1")
+        for key, given, allowed in (("by", by, get_args(Chooser)), ("closure", closure, get_args(Closure))):
+            if given not in allowed:
+                raise ValueError(f"TopK({key}={given!r}): allowed are {', '.join(allowed)}")
+        self.k, self.by, self.closure = k, by, closure
+
+    @property
+    def title(self) -> str:
+        return f"top-{self.k} by {self.by}, closure {self.closure}"
+
+    def _ids(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Entry ids (N, K) and which of them count. Repeated entries of a union count once."""
+        vocab = student.shape[-1]
+        k = min(self.k, vocab)
+        if self.by == "teacher":
+            ids = teacher.topk(k, -1).indices
+            return ids, torch.ones_like(ids, dtype=torch.bool)
+        ids = student.detach().topk(k, -1).indices
+        if self.by == "student":
+            return ids, torch.ones_like(ids, dtype=torch.bool)
+        theirs = teacher.topk(k, -1).indices
+        if self.by == "intersection":
+            return ids, lp.membership(ids, theirs, vocab)
+        new = ~lp.membership(theirs, ids, vocab)
+        return torch.cat([ids, theirs], -1), torch.cat([torch.ones_like(new), new], -1)
+
+    def _close(self, head: Float[Tensor, "N K"], counts: Bool[Tensor, "N K"]) -> Float[Tensor, "N J"]:
+        """Log-probabilities on the support, made comparable by the closure."""
+        head = head.where(counts, head.new_full((), lp.floor_of(head.dtype)))
+        if self.closure == "renormalize":
+            return head - head.logsumexp(-1, keepdim=True)
+        if self.closure == "tail":
+            return torch.cat([head, lp.tail_logmass(head)[:, None]], -1)
+        return head
+
+    def score(
+        self,
+        divergence: Divergence,
+        student: Float[Tensor, "N V"],
+        teacher: Float[Tensor, "N V"] | None,
+        tokens: Int[Tensor, " N"],
+    ) -> Scores:
+        assert teacher is not None
+        ids, counts = self._ids(student, teacher)
+        s, t = (self._close(law.gather(-1, ids), counts) for law in (student, teacher))
+        integrand = divergence.raw if self.closure == "raw" else divergence.entry
+        value = integrand(s, t).sum(-1)
+        return Scores(direct=value, reward=None, cost=value.detach())
+
+
+class SampledToken(Support):
+    """The drawn token alone, as a policy gradient: ``- rho * advantage``, ``rho = p / p_sampler`` with the sampler's
+    **recorded** log-probability.
+
+    With ReverseKL this is the loss of Thinking Machines' on-policy distillation. It is unbiased for the full sum and
+    needs one teacher number per token, at the price of the sampling noise.
+    """
+
+    sampled = True
+    title = "sampled token"
+
+    def score(
+        self,
+        divergence: Divergence,
+        student: Float[Tensor, "N V"],
+        teacher: Float[Tensor, "N V"] | None,
+        tokens: Int[Tensor, " N"],
+    ) -> Scores:
+        assert teacher is not None
+        s, t = lp.gather(student.detach(), tokens), lp.gather(teacher, tokens)
+        return Scores(direct=None, reward=divergence.advantage(s, t), cost=divergence.value(s, t))
+
+
+class WrittenToken(Support):
+    """The token that somebody else wrote is itself the target: ``- log p(token)``, the likelihood of the text.
+
+    One sample of the forward KL from its writer, on the writer's own states. This is sequence-level distillation
+    (Kim & Rush 2016) on teacher text and supervised fine-tuning on reference text; no teacher is run. On the student's
+    own text its expected gradient is zero, so that source is refused.
+    """
+
+    needs_teacher = False
+    title = "written token"
+
+    def score(
+        self,
+        divergence: Divergence,
+        student: Float[Tensor, "N V"],
+        teacher: Float[Tensor, "N V"] | None,
+        tokens: Int[Tensor, " N"],
+    ) -> Scores:
+        return Scores(direct=-lp.gather(student, tokens), reward=None, cost=None)

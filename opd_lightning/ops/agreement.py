@@ -1,0 +1,59 @@
+"""How far two next-token laws agree: the quantities that tell a run that will succeed from one that will not.
+
+Definitions after "Rethinking On-Policy Distillation" (arXiv 2604.13016, equations 6 to 10), on student states.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opd_lightning.ops.logprobs import membership
+
+
+class Agreement(NamedTuple):
+    """Per-token agreement on the overlap ``I`` of the two top-k sets; all of shape (N,)."""
+
+    overlap: Float[Tensor, " N"]
+    """``|I| / k``, in [0, 1]."""
+    student_mass: Float[Tensor, " N"]
+    """Student probability on ``I``."""
+    teacher_mass: Float[Tensor, " N"]
+    """Teacher probability on ``I``."""
+    advantage: Float[Tensor, " N"]
+    """Mean over ``I`` of ``p (log q - log p)``, both renormalised on ``I``: never positive, 0 when they agree. 0 where
+    ``I`` is empty (the overlap of 0 says so)."""
+
+
+def agreement(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], k: int) -> Agreement:
+    """Overlap of the two top-k sets, the mass that each law puts there, and the overlap-token advantage.
+
+    Args:
+        student: log-probabilities of the student.
+        teacher: log-probabilities of the teacher.
+        k: size of both sets; more than V means V.
+
+    >>> laws = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    >>> agreement(laws, laws, k=2).overlap.item()
+    1.0
+    """
+    vocab = student.shape[-1]
+    k = min(k, vocab)
+    ids = student.topk(k, -1).indices
+    shared = membership(ids, teacher.topk(k, -1).indices, vocab)
+    size = shared.sum(-1)
+    floor = torch.finfo(student.dtype).min
+    s = student.gather(-1, ids).masked_fill(~shared, floor)
+    t = teacher.gather(-1, ids).masked_fill(~shared, floor)
+    log_p = s - s.logsumexp(-1, keepdim=True)
+    log_q = t - t.logsumexp(-1, keepdim=True)
+    terms = (log_p.exp() * (log_q - log_p)).where(shared, s.new_zeros(()))
+    return Agreement(
+        overlap=size.to(s.dtype) / k,
+        student_mass=s.exp().sum(-1),
+        teacher_mass=t.exp().sum(-1),
+        advantage=terms.sum(-1) / size.clamp(min=1),
+    )

@@ -1,0 +1,67 @@
+"""From logits to log-probabilities, top-k heads, tail mass and entropy, in float32 or better."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def floor_of(dtype: torch.dtype) -> float:
+    """The log-probability below which a probability is not a normal number of ``dtype`` (float32: about -87.3 nats).
+
+    Log-probabilities are clamped there. Masked logits (-inf), grammar masks and one-hot teachers then give finite
+    values and zero gradients at the clamped entries, instead of the NaN of ``0 * -inf``.
+    """
+    return math.log(torch.finfo(dtype).tiny)
+
+
+def log_softmax(logits: Float[Tensor, "*n V"], temperature: float = 1.0) -> Float[Tensor, "*n V"]:
+    """Log-probabilities of ``logits / temperature``, float32 at least, never below `floor_of`.
+
+    >>> log_softmax(torch.tensor([0.0, float("-inf")])).tolist()[0]
+    0.0
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature != 1.0:
+        wide = wide / temperature
+    return wide.log_softmax(-1).clamp(min=floor_of(wide.dtype))
+
+
+def gather(logprobs: Float[Tensor, "N V"], ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The log-probability of one id per token."""
+    return logprobs.gather(-1, ids[:, None]).squeeze(-1)
+
+
+def membership(ids: Int[Tensor, "N K"], others: Int[Tensor, "N J"], vocab: int) -> Bool[Tensor, "N K"]:
+    """Which of ``ids`` also stand in ``others``, token by token.
+
+    >>> membership(torch.tensor([[3, 1]]), torch.tensor([[1, 0]]), vocab=4).tolist()
+    [[False, True]]
+    """
+    table = torch.zeros(ids.shape[0], vocab, dtype=torch.bool, device=ids.device)
+    return table.scatter_(-1, others, True).gather(-1, ids)
+
+
+def tail_logmass(head: Float[Tensor, "N K"]) -> Float[Tensor, " N"]:
+    """log(1 - sum(exp(head))): the log-mass outside a head of log-probabilities.
+
+    The head's mass is clamped one rounding step below 1, so that a head which covers everything gives a tiny tail and
+    no gradient, not -inf.
+
+    >>> round(tail_logmass(torch.tensor([[0.5, 0.25]]).log()).exp().item(), 6)
+    0.25
+    """
+    mass = head.logsumexp(-1).clamp(max=-torch.finfo(head.dtype).eps)
+    return torch.log(-torch.expm1(mass))
+
+
+def entropy(logprobs: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """Shannon entropy in nats.
+
+    >>> round(entropy(torch.full((1, 4), 0.25).log()).item(), 4)
+    1.3863
+    """
+    return -(logprobs.exp() * logprobs).sum(-1)

@@ -1,0 +1,132 @@
+"""Every line of the package that knows about processes or sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch import nn
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_objects(item: T) -> list[T]:
+    """``item`` of every rank, on every rank. All ranks must call it."""
+    if world_size() == 1:
+        return [item]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, item)
+    return out
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Sum plain numbers over ranks, in float64. All ranks must call it with equally many."""
+    return [sum(column) for column in zip(*gather_objects(values), strict=True)]
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """FSDP2: student and teacher sharded over all processes, in one data-parallel dimension.
+
+    The stock default of ModelParallelStrategy is data parallelism over nodes and tensor parallelism inside them.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = False, **kwargs: Any) -> None:
+        super().__init__(
+            data_parallel_size="auto",
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            **kwargs,
+        )
+
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+if "fsdp2" not in StrategyRegistry.available_strategies():
+    StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all processes")
+
+
+def is_sharded(strategy: Any) -> bool:
+    """Whether a strategy cuts parameters into pieces."""
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def shard(base: nn.Module, mesh: Any) -> None:
+    """FSDP2: every decoder layer, then the Hugging Face model itself as the root.
+
+    The root is the model, not the LightningModule, so that generation and scoring from any hook pass its hooks.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    layers: Any = base.get_decoder().layers  # type: ignore[operator]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(base, mesh=mesh)
+    base.run_inside = lambda fn: fn()  # type: ignore[assignment]
+    register_fsdp_forward_method(base, "run_inside")
+
+
+def run_inside(base: nn.Module, fn: Callable[[], T]) -> T:
+    """Run ``fn`` as the forward pass of a model: under FSDP2 the root's weights (embeddings, norm, head) are whole."""
+    inside = getattr(base, "run_inside", None)
+    result: T = inside(fn) if inside is not None else fn()  # type: ignore[operator]
+    return result
+
+
+@contextmanager
+def whole_weights(*models: nn.Module | None) -> Iterator[None]:
+    """Weights complete and local: nothing inside communicates, so ranks may write completions of different lengths."""
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [u for m in models if m is not None for u in m.modules() if isinstance(u, FSDPModule)]
+    roots = {id(u) for m in models if m is not None for u in _roots(m)}
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(id(unit) not in roots, recurse=False)
+            unit.reshard()
+
+
+def _roots(model: nn.Module) -> list[nn.Module]:
+    """The outermost FSDP2 units."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        return [model]
+    return [root for child in model.children() for root in _roots(child)]
+
+
+def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the name that they have under every strategy."""
+    clean = ((name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", ""), p) for name, p in module.named_parameters())
+    return dict(clean)
+
+
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole, detached CPU tensors of a model. All ranks must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    if any(isinstance(p, dist.tensor.DTensor) for p in model.parameters()):
+        whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return whole
+    return {k: v.detach().cpu() for k, v in model.state_dict().items()}

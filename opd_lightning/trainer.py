@@ -1,0 +1,116 @@
+"""OPDTrainer: Lightning's Trainer with the callbacks that a distillation run needs, and two more verbs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
+
+from opd_lightning.callbacks import (
+    FiniteLoss,
+    GracefulStop,
+    OPDCheckpoint,
+    OPDProgressBar,
+    RNGState,
+    TrainMonitor,
+)
+from opd_lightning.data.datamodule import PromptDataModule
+from opd_lightning.data.prompts import GivenPrompts
+from opd_lightning.module import OPDModule
+
+DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs/opd",
+    "inference_mode": False,  # inference tensors before the first training step break FSDP2
+    "log_every_n_steps": 1,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+CORE = (RNGState, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoint)
+
+
+class OPDTrainer(pl.Trainer):
+    """Lightning's Trainer. Missing core callbacks (random states, monitor, checkpoints, clean stop, NaN guard, progress bar)
+    and a CSV logger below ``default_root_dir`` are added; everything else is Lightning's own.
+    """
+
+    @functools.wraps(pl.Trainer.__init__)  # type: ignore[misc]  # the command line reads the arguments and their help from Lightning's signature
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**_with_core(kwargs))
+
+    def generate(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        prompt: list[str] | None = None,
+        count: int = 8,
+        who: Literal["student", "teacher"] = "student",
+        out: str | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Write completions of the student (or the teacher) and show them.
+
+        Args:
+            prompt: prompts to continue; the held-out prompts of the data module if left out.
+            count: how many held-out prompts.
+            who: who writes.
+            out: JSON-lines file for the completions, beside the terminal.
+            ckpt_path: checkpoint of the student; the untrained student if left out.
+        """
+        assert isinstance(model, OPDModule)
+        assert isinstance(datamodule, PromptDataModule)
+        if prompt:
+            datamodule.replace_prompts(GivenPrompts(prompt))
+        datamodule.limit_held_out = None if prompt else count
+        model.writer = who
+        batches: Any = self.predict(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        records = [record for batch in batches for record in batch]
+        for record in records:
+            print(f"> {record['prompt']}\n{record['completion']}\n")
+        if out is not None:
+            Path(out).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        folder: str = "exported",
+        merge: bool = False,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Write the student as a Hugging Face folder that plain transformers (and peft) loads.
+
+        Args:
+            folder: target folder.
+            merge: fold a LoRA adapter into the weights; else the adapter is written alone.
+            ckpt_path: checkpoint of the student; the untrained student if left out.
+        """
+        assert isinstance(model, OPDModule)
+        model.configure_model()
+        if ckpt_path is not None:
+            if Path(ckpt_path).is_dir():
+                raise ValueError(f"{ckpt_path} is a sharded checkpoint: train with save_distributed_checkpoint false to export")
+            state = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+            model.on_load_checkpoint(state)
+            model.load_state_dict(state["state_dict"], strict=False)
+        print(f"exported to {model.export(folder, merge)}")
+
+
+def _with_core(kwargs: dict[str, Any]) -> dict[str, Any]:
+    kwargs = {**DEFAULTS, **kwargs}
+    callbacks = kwargs.get("callbacks") or []
+    callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+    checkpointing = kwargs.get("enable_checkpointing") is not False
+    for cls in CORE:
+        if not any(isinstance(c, cls) for c in callbacks) and (cls is not OPDCheckpoint or checkpointing):
+            callbacks.append(cls())
+    if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+        callbacks.append(OPDProgressBar())
+    if kwargs.get("logger") in (None, True):
+        kwargs["logger"] = CSVLogger(kwargs["default_root_dir"] or ".", name="logs", flush_logs_every_n_steps=10)
+    return {**kwargs, "callbacks": callbacks}

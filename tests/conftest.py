@@ -1,0 +1,37 @@
+"""Shared fixtures: tiny real models, no network, shapes checked."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook
+
+# The shapes in the signatures of the maths are checked while the tests run, and only then.
+install_import_hook(["opd_lightning.ops", "opd_lightning.objectives"], "beartype.beartype")
+
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+warnings.filterwarnings("ignore", module="lightning")
+warnings.filterwarnings("ignore", module="transformers")
+for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a tiny random student and a tiny random, larger teacher with one tokenizer."""
+    from opd_lightning.models.tiny import save_tiny
+
+    root = tmp_path_factory.mktemp("pair")
+    student = save_tiny(root / "student", hidden=16, layers=2, heads=2, seed=1)
+    return student, save_tiny(root / "teacher", hidden=32, layers=2, heads=4, seed=2)

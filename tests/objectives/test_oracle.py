@@ -1,0 +1,312 @@
+"""The objectives against exact enumeration, and the golden numbers of a small world."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from opd_lightning.inspect.oracle import Path, TabularWorld, forward_kl, reverse_kl
+from opd_lightning.objectives import (
+    ClosedFormBaseline,
+    Constant,
+    DegenerateObjective,
+    Discounted,
+    ForwardKL,
+    FullVocab,
+    GeneralizedJSD,
+    Immediate,
+    NoBaseline,
+    Objective,
+    ReturnToGo,
+    ReverseKL,
+    SampledToken,
+    SequenceMean,
+    TokenMean,
+    TopK,
+    WrittenToken,
+)
+
+DIVERGENCES = [ReverseKL(), ForwardKL(), GeneralizedJSD(0.3), GeneralizedJSD(0.8, "curvature")]
+TOPKS = [
+    TopK(k, by, closure)
+    for k in (1, 2, 3)
+    for by in ("student", "teacher", "union", "intersection")
+    for closure in ("tail", "renormalize", "stop_gradient", "raw")
+]
+SUPPORTS = [FullVocab(), SampledToken(), WrittenToken(), *TOPKS]
+CREDITS = [Immediate(), Discounted(0.4), ReturnToGo()]
+BASELINES = [NoBaseline(), ClosedFormBaseline()]
+REDUCTIONS = [TokenMean(), SequenceMean(), Constant(2.0)]
+WORLDS = {
+    "fixed": TabularWorld.random(vocab=4, horizon=2, seed=0),
+    "eos": TabularWorld.random(vocab=3, horizon=3, seed=1, eos=2),
+}
+
+
+def accepted(world: str, divergence: object, support: object) -> tuple[int, float]:
+    """Number of accepted combinations of one divergence and support, and their largest error."""
+    count, worst = 0, 0.0
+    writer = "teacher" if isinstance(support, WrittenToken) else "student"
+    for credit, baseline, reduction in product(CREDITS, BASELINES, REDUCTIONS):
+        try:
+            objective = Objective(divergence, support, credit, baseline, reduction)
+        except DegenerateObjective:
+            continue
+        assert objective.declared_target.defect is None
+        found = WORLDS[world].moments_of(objective, writer).mean
+        error = (found - WORLDS[world].declared_gradient(objective, writer)).abs().max().item()
+        count, worst = count + 1, max(worst, error)
+    return count, worst
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("support", SUPPORTS, ids=repr)
+def test_every_accepted_combination_follows_what_it_declares(world: str, support: object) -> None:
+    total = 0
+    for divergence in DIVERGENCES:
+        count, worst = accepted(world, divergence, support)
+        total += count
+        assert worst < 1e-10, (divergence, support, worst)
+    refused_for_all = isinstance(support, TopK) and (
+        support.closure == "raw" or (support.closure == "renormalize" and support.k == 1 and support.by != "union")
+    )
+    assert (total == 0) == refused_for_all
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(ReverseKL(), SampledToken(), Discounted(0.4), ClosedFormBaseline()),
+        Objective(GeneralizedJSD(0.3), TopK(2, "union", "tail"), ReturnToGo(), reduction=SequenceMean()),
+    ],
+    ids=repr,
+)
+def test_one_pass_over_all_completions_equals_one_by_one(objective: Objective) -> None:
+    """`moments` is what users run on their own losses."""
+    world = WORLDS["eos"]
+    batched = world.moments_of(objective)
+    single = world.moments(lambda rollout, student, teacher: objective(student, teacher, rollout).loss)
+    torch.testing.assert_close(batched.mean, single.mean, atol=1e-14, rtol=1e-12)
+    assert batched.trace == pytest.approx(single.trace, rel=1e-12)
+
+
+# ---- the declared gradients themselves, from formulas written here -------------------------------------------------------
+
+
+def test_targets_are_the_gradients_of_the_named_scalars() -> None:
+    """gamma = 1 is the gradient of KL between completions, computed by summing over them; gamma = 0 holds visitation still."""
+    world = WORLDS["eos"]
+    student, teacher = world.laws()
+    sequence = torch.zeros((), dtype=torch.float64)
+    for path in world.paths:
+        ours = sum(student[s, v] for s, v in zip(path.states, path.tokens, strict=True))
+        theirs = sum(teacher[s, v] for s, v in zip(path.states, path.tokens, strict=True))
+        sequence = sequence + ours.exp() * (ours - theirs)
+    (exact,) = torch.autograd.grad(sequence, world.student)
+    torch.testing.assert_close(world.gradient(reverse_kl, gamma=1.0), exact, atol=1e-12, rtol=1e-10)
+
+    student, teacher = world.laws()
+    reach = {path.tokens[:t]: 0.0 for path in world.paths for t in range(len(path.tokens))}
+    for path in world.paths:
+        for t in range(len(path.tokens)):
+            reach[path.tokens[:t]] += path.student
+    frozen = sum(reach[prefix] * (student[i].exp() * (student[i] - teacher[i])).sum() for i, prefix in enumerate(world.states))
+    (exact,) = torch.autograd.grad(frozen, world.student)
+    torch.testing.assert_close(world.gradient(reverse_kl, gamma=0.0), exact, atol=1e-12, rtol=1e-10)
+    assert (world.gradient(reverse_kl, 1.0) - world.gradient(reverse_kl, 0.0)).abs().max() > 1e-3
+
+
+def test_sequence_and_token_level_agree_in_value() -> None:
+    world = WORLDS["eos"]
+    difference = (world.laws()[0] - world.laws()[1]).detach()
+    total = 0.0
+    for path in world.paths:
+        total += path.student * sum(float(difference[s, v]) for s, v in zip(path.states, path.tokens, strict=True))
+    assert total == pytest.approx(float(world.value(reverse_kl)[0].detach()))
+    assert total == pytest.approx(float((world.visitation() * reverse_kl(*world.laws())).sum().detach()))
+
+
+def test_teacher_text_descends_the_forward_kl_of_completions() -> None:
+    world = WORLDS["eos"]
+    student, _ = world.laws()
+    cross = -sum(path.teacher * student[s, v] for path in world.paths for s, v in zip(path.states, path.tokens, strict=True))
+    (exact,) = torch.autograd.grad(cross, world.student)
+    found = world.moments_of(Objective(ForwardKL(), WrittenToken()), writer="teacher").mean
+    torch.testing.assert_close(found, exact, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(found, world.gradient(forward_kl, 0.0, writer="teacher"), atol=1e-12, rtol=1e-10)
+
+
+def test_off_policy_tokens_are_reweighted_by_the_recorded_sampler() -> None:
+    """Completions of another law, its log-probabilities recorded: the token ratio repairs the action, not the states."""
+    world = WORLDS["eos"]
+    found = world.moments_of(Objective(ReverseKL(), SampledToken()), writer="teacher").mean
+    torch.testing.assert_close(found, world.gradient(reverse_kl, 0.0, writer="teacher"), atol=1e-12, rtol=1e-10)
+
+
+# ---- MDP-G: golden numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def golden() -> TabularWorld:
+    student = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    teacher = torch.tensor([[0.2, 0.3, 0.5], [0.3, 0.3, 0.4], [0.4, 0.4, 0.2], [0.25, 0.25, 0.5]], dtype=torch.float64)
+    return TabularWorld.from_probabilities(student, teacher, horizon=2)
+
+
+def exactly(found: torch.Tensor, *expected: float) -> None:
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=6e-8, rtol=0.0)
+
+
+def test_golden_divergences(golden: TabularWorld) -> None:
+    exactly(reverse_kl(*golden.laws()).detach(), 0.27488722, 0.27725887, 0.09458187, 0.19274476)
+    assert float(golden.value(reverse_kl)[0].detach()) == pytest.approx(0.48044017, abs=6e-9)
+
+
+@pytest.mark.parametrize(
+    ("credit", "baseline", "root", "trace"),
+    [
+        (Immediate(), NoBaseline(), (-0.32070176, 0.08246617, 0.23823559), 0.37945143),
+        (ReturnToGo(), NoBaseline(), (-0.35655472, 0.11575749, 0.24079723), 0.57333884),
+        (Discounted(0.5), NoBaseline(), (-0.33862824, 0.09911183, 0.23951641), 0.42732331),
+        (Immediate(), ClosedFormBaseline(), (-0.32070176, 0.08246617, 0.23823559), 0.49152630),
+    ],
+    ids=["immediate", "return-to-go", "discounted", "vOPD"],
+)
+def test_golden_estimators(golden: TabularWorld, credit: object, baseline: object, root: tuple, trace: float) -> None:
+    found = golden.moments_of(Objective(ReverseKL(), SampledToken(), credit, baseline))
+    exactly(-found.mean[0], *root)
+    assert found.trace == pytest.approx(trace, abs=6e-9)
+    if isinstance(credit, Immediate):
+        exactly(-found.mean[1], -0.12476649, 0.04158883, 0.08317766)
+
+
+def test_golden_gae_and_rao_blackwell(golden: TabularWorld) -> None:
+    """Estimators that are not in the library yet, through the same oracle."""
+    student, teacher = (law.detach() for law in golden.laws())
+    kl, values = reverse_kl(student, teacher), -golden.value(reverse_kl).detach()
+
+    def rewards(path: Path) -> list[float]:
+        return [float(teacher[s, v] - student[s, v]) for s, v in zip(path.states, path.tokens, strict=True)]
+
+    def gae(path: Path) -> list[float]:
+        after = [float(values[s]) for s in path.states[1:]] + [0.0]
+        return [r + n - float(values[s]) for r, n, s in zip(rewards(path), after, path.states, strict=True)]
+
+    def rao_blackwell(path: Path) -> list[float]:
+        later = [-float(kl[s]) for s in path.states[1:]] + [0.0]
+        return [r + n for r, n in zip(rewards(path), later, strict=True)]
+
+    for advantages, trace in ((gae, 0.50104304), (rao_blackwell, 0.39863181)):
+        found = golden.moments_of_advantages(advantages)
+        exactly(-found.mean[0], -0.35655472, 0.11575749, 0.24079723)
+        assert found.trace == pytest.approx(trace, abs=6e-9)
+
+
+def test_golden_router(golden: TabularWorld) -> None:
+    """Advantages at the root, the suppressed mass and the canonical route."""
+    p, q = (table.detach().softmax(-1)[0] for table in (golden.student, golden.teacher))
+    advantage = q.log() - p.log() + (p * (p / q).log()).sum()
+    torch.testing.assert_close(advantage, torch.tensor([-0.64140, 0.27489, 1.19118], dtype=torch.float64), atol=6e-6, rtol=0.0)
+    mass = 0.5 * (p * advantage.abs()).sum()
+    assert mass.item() == pytest.approx(0.32070, abs=6e-6)
+    route = p * advantage.clamp(min=0) / mass
+    torch.testing.assert_close(route, torch.tensor([0.0, 0.25714, 0.74286], dtype=torch.float64), atol=6e-6, rtol=0.0)
+
+
+# ---- what is refused, and why ---------------------------------------------------------------------------------------------
+
+
+def forced(*arguments: object, **keys: object) -> Objective:
+    objective = Objective(*arguments, allow_degenerate=True, **keys)
+    assert objective.declared_target.name == "none"
+    with pytest.raises(DegenerateObjective):
+        Objective(*arguments, **keys)
+    return objective
+
+
+@pytest.mark.parametrize("by", ["student", "teacher", "intersection"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+def test_one_renormalised_entry_has_no_gradient(divergence: object, by: str) -> None:
+    found = WORLDS["eos"].moments_of(forced(divergence, TopK(1, by, "renormalize")))
+    assert found.mean.abs().max() < 1e-14
+    assert found.trace < 1e-14
+
+
+@pytest.mark.parametrize("by", ["student", "teacher", "union", "intersection"])
+@pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL()], ids=repr)
+def test_raw_top_k_moves_where_the_two_agree(divergence: object, by: str) -> None:
+    table = WORLDS["fixed"].student.detach()
+    agreed = TabularWorld(table, table.clone(), horizon=2)
+    found = agreed.moments_of(forced(divergence, TopK(2, by, "raw"))).mean
+    law = table.softmax(-1)
+    inside = torch.zeros_like(law).scatter(-1, law.topk(2).indices, 1.0)
+    mass = (law * inside).sum(-1, keepdim=True)
+    drained = agreed.visitation().detach()[:, None] * law * (inside - mass)  # gradient of the student's own mass on S
+    sign = 1.0 if isinstance(divergence, ReverseKL) else -1.0  # descent: reverse KL drains S, forward KL fills it
+    torch.testing.assert_close(found, sign * drained, atol=1e-12, rtol=1e-9)
+
+
+def test_raw_jsd_is_the_stop_gradient_closure() -> None:
+    raw = WORLDS["eos"].moments_of(forced(GeneralizedJSD(0.3), TopK(2, "teacher", "raw"))).mean
+    named = WORLDS["eos"].moments_of(Objective(GeneralizedJSD(0.3), TopK(2, "teacher", "stop_gradient"))).mean
+    torch.testing.assert_close(raw, named, atol=1e-14, rtol=0.0)
+
+
+def test_sampled_forward_kl_has_no_bounded_variance() -> None:
+    """Unbiased, but the trace grows as 1 / p where the student hardly samples what the teacher wants."""
+
+    def trace(p: float, divergence: object, force: bool) -> float:
+        world = TabularWorld.from_probabilities(torch.tensor([[1 - p, p]]), torch.tensor([[0.5, 0.5]]), horizon=1)
+        objective = forced(divergence, SampledToken()) if force else Objective(divergence, SampledToken())
+        if force:
+            mean = world.moments_of(objective).mean
+            torch.testing.assert_close(mean, world.gradient(forward_kl, 0.0), atol=1e-8, rtol=1e-6)
+        return world.moments_of(objective).trace
+
+    growth = [trace(p, ForwardKL(), True) for p in (1e-2, 1e-4, 1e-6)]
+    assert growth[1] / growth[0] > 90
+    assert growth[2] / growth[1] > 90
+    assert trace(1e-6, ReverseKL(), False) < 1.0
+
+
+@pytest.mark.parametrize("support", [FullVocab(), TopK(2, "student", "tail")], ids=repr)
+@pytest.mark.parametrize("credit", CREDITS, ids=repr)
+def test_a_baseline_without_sampling_noise_does_nothing(support: object, credit: object) -> None:
+    plain = WORLDS["eos"].moments_of(Objective(ReverseKL(), support, credit))
+    inert = forced(ReverseKL(), support, credit, ClosedFormBaseline())
+    found = WORLDS["eos"].moments_of(inert)
+    torch.testing.assert_close(found.mean, plain.mean, atol=1e-15, rtol=0.0)
+    assert found.trace == pytest.approx(plain.trace)
+    assert inert.declared_target.remedy == "baseline: NoBaseline"
+
+
+def test_a_baseline_under_the_sequence_mean_shifts_the_gradient() -> None:
+    with_baseline = forced(ReverseKL(), SampledToken(), Immediate(), ClosedFormBaseline(), SequenceMean())
+    without = Objective(ReverseKL(), SampledToken(), Immediate(), NoBaseline(), SequenceMean())
+    shift = (WORLDS["eos"].moments_of(with_baseline).mean - WORLDS["eos"].moments_of(without).mean).abs().max()
+    assert shift > 1e-2
+    fixed = (WORLDS["fixed"].moments_of(with_baseline).mean - WORLDS["fixed"].moments_of(without).mean).abs().max()
+    assert fixed < 1e-12  # where all completions are equally long it is neutral
+
+
+def test_the_students_own_text_as_target_teaches_nothing() -> None:
+    found = WORLDS["eos"].moments_of(Objective(ForwardKL(), WrittenToken()), writer="student").mean
+    assert found.abs().max() < 1e-14
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(ReverseKL(), WrittenToken()), (GeneralizedJSD(), WrittenToken()), (ForwardKL(), WrittenToken(), ReturnToGo())],
+    ids=repr,
+)
+def test_a_written_token_has_one_divergence_and_no_future(arguments: tuple) -> None:
+    objective = forced(*arguments)
+    plain = Objective(ForwardKL(), WrittenToken())
+    if objective.credit.gamma == 0.0:  # whatever name is written beside it, the gradient is the likelihood's
+        found = WORLDS["eos"].moments_of(objective, writer="teacher").mean
+        torch.testing.assert_close(found, WORLDS["eos"].moments_of(plain, writer="teacher").mean)
+    else:
+        with pytest.raises(KeyError):  # there is no cost to hand back
+            WORLDS["eos"].moments_of(objective, writer="teacher")
