@@ -179,7 +179,9 @@ class OPDModule(pl.LightningModule):
             ours = laws_of(self._student, rollout.text, size)
             theirs = None
             if objective.needs_teacher:
-                theirs = self.teacher.laws(self._student, rollout.for_teacher, size)
+                own = self.teacher.own_model()
+                answer = functools.partial(self.teacher.laws, self._student, rollout.for_teacher, size)
+                theirs = parallel.run_inside(base_of(own), answer) if own is not None else answer()
             return objective(ours, theirs, rollout, agreement_k)
 
         return parallel.run_inside(base_of(self._student), compare)
@@ -231,6 +233,8 @@ class OPDModule(pl.LightningModule):
         _optimizer_states_by_name(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" not in checkpoint:  # sharded strategies load the weights themselves
+            return
         found = set(checkpoint["state_dict"])
         missing = sorted(f"student.{name}" for name in self._trained_names if f"student.{name}" not in found)
         if missing:

@@ -23,7 +23,7 @@ class ColdStart(pl.Callback):
     Args:
         steps: length of the phase in optimizer steps, a multiple of rollout.every_n_steps; 0 leaves it out.
         source: who writes in it.
-        objective: what it descends; the default is the likelihood of the written text.
+        objective: what it descends; null is the likelihood of the written text.
         reset_optimizer: forget the optimizer's moments when the phase ends.
 
     Raises:
@@ -34,12 +34,13 @@ class ColdStart(pl.Callback):
         self,
         steps: int = 0,
         source: Source = TeacherSource(),
-        objective: Objective = Objective(ForwardKL(), WrittenToken()),
+        objective: Objective | None = None,
         reset_optimizer: bool = False,
     ) -> None:
         if steps < 0:
             raise ValueError(f"cold_start.steps={steps}: must be at least 0 (0 leaves the cold start out)")
-        self.steps, self.source, self.objective, self.reset_optimizer = steps, source, objective, reset_optimizer
+        self.steps, self.source, self.reset_optimizer = steps, source, reset_optimizer
+        self.objective = objective or Objective(ForwardKL(), WrittenToken())
         self.over = steps == 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -81,8 +81,9 @@ class OPDCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every_n_steps and at_step_end(trainer) and trainer.global_step % self.every_n_steps == 0:
-            self.write(trainer)
+        step = trainer.global_step
+        if self.every_n_steps and at_step_end(trainer) and step % self.every_n_steps == 0 and step != trainer.max_steps:
+            self.write(trainer)  # the last step is written in on_train_end, behind the last measurement
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.write(trainer)

@@ -253,4 +253,6 @@ def _count_micro_batches(trainer: pl.Trainer, position: int) -> None:
     """Tell Lightning how many micro-batches are done, after a change in how many make an optimizer step."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     for counter in (progress.total, progress.current):
-        counter.ready = counter.started = counter.processed = counter.completed = position
+        surplus = counter.processed - position  # the counters differ by where the checkpoint was written; keep that
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(counter, name, getattr(counter, name) - surplus)
