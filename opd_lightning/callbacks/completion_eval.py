@@ -82,11 +82,19 @@ class CompletionEval(pl.Callback):
             trainer.limit_val_batches = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.history or not trainer.datamodule.eval_prompts:  # type: ignore[attr-defined]
+        if not trainer.datamodule.eval_prompts:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, OPDModule)
-        self._publish(trainer, self.measure(trainer, pl_module, "teacher"))
-        self._publish(trainer, self.measure(trainer, pl_module, "student"))
+        if not self.history:
+            self._publish(trainer, self.measure(trainer, pl_module, "teacher"))
+        step = trainer.global_step
+        due = step == 0 or (self.every_n_steps and step % self.every_n_steps == 0)
+        if due and self._last_step() != step:  # Lightning skips the validation of the step that a run resumes at
+            self._publish(trainer, self.measure(trainer, pl_module, "student"))
+
+    def _last_step(self) -> int:
+        """Step of the last measurement of the student; -1 before the first."""
+        return next((row["step"] for row in reversed(self.history) if row["who"] == "student"), -1)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, OPDModule)
@@ -97,8 +105,7 @@ class CompletionEval(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        measured = [row["step"] for row in self.history if row["who"] == "student"]
-        if data.eval_prompts and measured and measured[-1] != trainer.global_step and not trainer.should_stop:
+        if data.eval_prompts and self._last_step() != trainer.global_step and not trainer.should_stop:
             assert isinstance(pl_module, OPDModule)
             self._publish(trainer, self.measure(trainer, pl_module, "student"))
 

@@ -1,0 +1,62 @@
+"""One optimizer step in float64 under a given split; writes loss and gradient. Run by test_splits.py, also on two processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from opd_lightning import parallel
+from opd_lightning.callbacks import RolloutRefresh
+from opd_lightning.models import FrozenTeacher, Student
+from opd_lightning.module import OPDModule
+from opd_lightning.objectives import Constant, Objective, ReturnToGo, ReverseKL, SampledToken, SequenceMean, TopK
+from opd_lightning.samplers import NativeSampler
+from tests.helpers import tiny_data, tiny_trainer
+
+OBJECTIVES = {
+    "token_mean": lambda: Objective(ReverseKL()),
+    "sequence_mean": lambda: Objective(ReverseKL(), SampledToken(), ReturnToGo(), reduction=SequenceMean()),
+    "constant": lambda: Objective(ReverseKL(), TopK(4, "union", "tail"), reduction=Constant(6.0)),
+}
+
+
+class Keep(pl.Callback):
+    """Loss of the optimizer step over all ranks, and the gradient that reaches the optimizer."""
+
+    def __init__(self) -> None:
+        self.loss, self.gradient, self.lengths = 0.0, {}, set()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.loss += parallel.sum_over_ranks([float(outputs["loss"])])[0] / trainer.world_size
+        self.lengths |= set(batch.mask.sum(-1).tolist())
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
+        self.gradient = {n: p.grad.detach().clone() for n, p in module.student.named_parameters()}
+
+
+def run(root: Path, pair: tuple[Path, Path], objective: str, devices: int, micro: int) -> Keep:
+    pl.seed_everything(0, verbose=False)
+    module = OPDModule(
+        Student(str(pair[0]), dtype="float64"), FrozenTeacher(str(pair[1]), dtype="float64"), OBJECTIVES[objective]()
+    )
+    keep = Keep()
+    rollout = RolloutRefresh(sampler=NativeSampler(max_new_tokens=12), rollouts_per_prompt=2, seed=5)
+    strategy = "ddp" if devices > 1 else "auto"
+    trainer = tiny_trainer(
+        root, [rollout, keep], max_steps=1, devices=devices, strategy=strategy, enable_checkpointing=False
+    )
+    trainer.fit(module, tiny_data(held_out=0, micro_batch_size=micro))
+    return keep
+
+
+if __name__ == "__main__":
+    root, student, teacher, *cases = sys.argv[1:]
+    for case in cases:
+        name, micro = case.split(":")
+        kept = run(Path(root), (Path(student), Path(teacher)), name, devices=2, micro=int(micro))
+        if parallel.rank() == 0:
+            torch.save({"loss": kept.loss, "gradient": kept.gradient}, Path(root) / f"{case}.pt")

@@ -1,0 +1,50 @@
+"""Losses and gradients do not depend on how a batch is cut into micro-batches, accumulation and ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.strategies.split_run import OBJECTIVES, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def two_processes(script: str, *arguments: object, timeout: int = 240) -> None:
+    """Run a script on two gloo processes; a hang is killed and fails."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def close(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_process_any_micro_batch(objective: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    whole = run(tmp_path, pair, objective, devices=1, micro=0)
+    assert len(whole.lengths) > 2  # completions of unequal lengths
+    assert max(g.abs().max() for g in whole.gradient.values()) > 1e-4
+    for micro in (1, 2, 4):
+        cut = run(tmp_path, pair, objective, devices=1, micro=micro)
+        assert cut.loss == pytest.approx(whole.loss, abs=1e-10)
+        close(cut.gradient, whole.gradient)
+
+
+def test_two_ranks(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    cases = [f"{objective}:{micro}" for objective in OBJECTIVES for micro in (1, 2, 4)]
+    two_processes("tests/strategies/split_run.py", tmp_path, *pair, *cases)
+    for case in cases:
+        whole = run(tmp_path, pair, case.partition(":")[0], devices=1, micro=0)
+        found = torch.load(tmp_path / f"{case}.pt", weights_only=True)
+        assert found["loss"] == pytest.approx(whole.loss, abs=1e-10)
+        close(found["gradient"], whole.gradient)
