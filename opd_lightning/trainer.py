@@ -13,11 +13,14 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from opd_lightning.callbacks import (
+    ColdStart,
+    CompletionEval,
     FiniteLoss,
     GracefulStop,
     OPDCheckpoint,
     OPDProgressBar,
     RNGState,
+    RolloutRefresh,
     TrainMonitor,
 )
 from opd_lightning.data.datamodule import PromptDataModule
@@ -31,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
+FIRST = (ColdStart, RolloutRefresh, CompletionEval)
+"""Set up before all others, in this order: each sets what the next ones, and callbacks like EarlyStopping, read."""
 CORE = (RNGState, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoint)
 
 
@@ -109,6 +114,7 @@ def _with_core(kwargs: dict[str, Any]) -> dict[str, Any]:
     for cls in CORE:
         if not any(isinstance(c, cls) for c in callbacks) and (cls is not OPDCheckpoint or checkpointing):
             callbacks.append(cls())
+    callbacks.sort(key=lambda c: next((i for i, cls in enumerate(FIRST) if isinstance(c, cls)), len(FIRST)))
     if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
         callbacks.append(OPDProgressBar())
     if kwargs.get("logger") in (None, True):
