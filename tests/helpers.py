@@ -17,7 +17,9 @@ from opd_lightning.samplers import NativeSampler
 from opd_lightning.trainer import OPDTrainer
 
 
-def tiny_module(pair: tuple[Path, Path], objective: Objective | None = None, lora: LoRA | None = None, **kwargs: Any) -> OPDModule:
+def tiny_module(
+    pair: tuple[Path, Path], objective: Objective | None = None, lora: LoRA | None = None, **kwargs: Any
+) -> OPDModule:
     student, teacher = map(str, pair)
     return OPDModule(
         Student(student, lora=lora),

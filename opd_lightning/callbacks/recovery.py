@@ -175,7 +175,14 @@ class GracefulStop(pl.Callback):
             trainer.should_stop = True  # the end of training writes the checkpoint
             rank_zero_info(f"stopping on a signal after step {trainer.global_step}; resume with --ckpt_path last")
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put_back()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """Before Lightning puts back what it replaced itself."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

@@ -205,7 +205,9 @@ def test_monitors_log_token_means_of_the_whole_optimizer_step(pair: tuple[Path, 
         assert last[f"train/{key}"] == pytest.approx(values.mean().item(), rel=1e-4)
     position = torch.cat([o.stats.position for o in seen.outputs])
     entropy = torch.cat([o.stats.values["student_entropy"] for o in seen.outputs])
-    assert last["train/student_entropy/1-2"] == pytest.approx(entropy[(position == 1) | (position == 2)].mean().item(), rel=1e-4)
+    assert last["train/student_entropy/1-2"] == pytest.approx(
+        entropy[(position == 1) | (position == 2)].mean().item(), rel=1e-4
+    )
     assert "train/teacher_entropy/3-" in last
     assert all(define(key) for key in last), [key for key in last if not define(key)]
 
@@ -232,7 +234,9 @@ def test_the_completion_table_is_written_where_people_look(pair: tuple[Path, Pat
 
 
 def test_evaluation_before_between_and_after(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    evaluation = CompletionEval(every_n_steps=2, sampler=SAMPLER, grader=RegexMatch(r"\d"), samples_per_prompt=3, pass_at=[1, 3])
+    evaluation = CompletionEval(
+        every_n_steps=2, sampler=SAMPLER, grader=RegexMatch(r"\d"), samples_per_prompt=3, pass_at=[1, 3]
+    )
     run, _ = fit(tmp_path, pair, evaluation, RolloutRefresh(sampler=SAMPLER, seed=5), max_steps=5)
     assert [(r["who"], r["step"]) for r in evaluation.history] == [
         ("teacher", 0),

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from opd_lightning.data import Addition, ByDifficulty, ByLength, ChatTemplate, JsonlPrompts, PlainTemplate, Shuffled, TaskPrompts
+from opd_lightning.data import (
+    Addition,
+    ByDifficulty,
+    ByLength,
+    ChatTemplate,
+    JsonlPrompts,
+    PlainTemplate,
+    Shuffled,
+    TaskPrompts,
+)
 from opd_lightning.data.prompts import BadRows, DatasetPrompts, ReasoningGymPrompts
 from opd_lightning.models.tiny import character_tokenizer
 from opd_lightning.types import Prompt
@@ -23,7 +32,15 @@ def test_rows_come_back_with_their_columns(tmp_path: Path) -> None:
     assert rows[0]["completion"] == "b" and rows[0]["level"] == 3 and "completion" not in rows[1]
 
 
-BAD = ['{"prompt": "ok"}', '{"prompt": ""}', "{broken", b'{"prompt": "\xff"}', '{"question": "no prompt"}', '["list"]', '{"prompt": 3}']
+BAD = [
+    '{"prompt": "ok"}',
+    '{"prompt": ""}',
+    "{broken",
+    b'{"prompt": "\xff"}',
+    '{"question": "no prompt"}',
+    '["list"]',
+    '{"prompt": 3}',
+]
 
 
 def test_bad_rows_are_named_with_file_and_line_and_stop_the_run(tmp_path: Path) -> None:

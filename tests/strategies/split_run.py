@@ -46,9 +46,7 @@ def run(root: Path, pair: tuple[Path, Path], objective: str, devices: int, micro
     keep = Keep()
     rollout = RolloutRefresh(sampler=NativeSampler(max_new_tokens=12), rollouts_per_prompt=2, seed=5)
     strategy = "ddp" if devices > 1 else "auto"
-    trainer = tiny_trainer(
-        root, [rollout, keep], max_steps=1, devices=devices, strategy=strategy, enable_checkpointing=False
-    )
+    trainer = tiny_trainer(root, [rollout, keep], max_steps=1, devices=devices, strategy=strategy, enable_checkpointing=False)
     trainer.fit(module, tiny_data(held_out=0, micro_batch_size=micro))
     return keep
 
