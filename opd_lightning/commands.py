@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
 from opd_lightning import configfiles
+from opd_lightning.zoo.build import build, show
 
 
 def configs() -> None:
@@ -41,7 +42,7 @@ def report(run: str, label: str = "opd", controls: list[str] | None = None) -> N
     chosen.show(folder)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"configs": configs, "report": report}
+COMMANDS: dict[str, Any] = {"configs": configs, "report": report, "zoo": {"build": build, "list": show}}
 
 
 def run(argv: list[str]) -> int:

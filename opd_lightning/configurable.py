@@ -28,8 +28,11 @@ def to_plain(value: Any) -> Any:
     """
     if isinstance(value, Configurable):
         return value.to_config()
-    if isinstance(value, functools.partial) and isinstance(value.func, type) and not value.args:
-        return {"class_path": class_path(value.func), "init_args": to_plain(value.keywords)}
+    if isinstance(value, functools.partial):
+        # partial(Class, ...), or jsonargparse's own partial(instantiate, Class, ...)
+        classes = [part for part in (value.func, *value.args) if isinstance(part, type)]
+        if len(classes) == 1:
+            return {"class_path": class_path(classes[0]), "init_args": to_plain(value.keywords)}
     if isinstance(value, type):
         return {"class_path": class_path(value)}
     if dataclasses.is_dataclass(value):

@@ -59,7 +59,7 @@ class OPDModule(pl.LightningModule):
         student: the recipe of the model that learns.
         teacher: who answers on the student's states.
         objective: what is descended.
-        optimizer: called with all parameters; frozen ones never get a state.
+        optimizer: called with all parameters; frozen ones never get a state. null is AdamW with a learning rate of 1e-4.
         scheduler: called with the optimizer, stepped after every optimizer step; null keeps the learning rate.
     """
 
@@ -68,14 +68,17 @@ class OPDModule(pl.LightningModule):
         student: Student,
         teacher: Teacher,
         objective: Objective,
-        optimizer: OptimizerCallable = functools.partial(torch.optim.AdamW, lr=1e-4),
+        optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
         self._remember(student=student, teacher=teacher, objective=objective, optimizer=optimizer, scheduler=scheduler)
         teacher.check(student)
+        if objective.needs_teacher and not teacher.answers:
+            raise ValueError(f"{teacher!r} has no network, but the objective compares with one: use `support: WrittenToken`")
         self.recipe, self.teacher, self.objective = student, teacher, objective
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-4)
+        self.scheduler = scheduler
         self.agreement_k = 0  # set by AgreementMonitor
         self.writer, self.sampler = "student", NativeSampler()  # of predict; set by `opd generate` and CompletionEval
         self.phases: list[Phase] = []

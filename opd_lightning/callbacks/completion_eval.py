@@ -85,7 +85,7 @@ class CompletionEval(pl.Callback):
         if not trainer.datamodule.eval_prompts:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, OPDModule)
-        if not self.history:
+        if not self.history and pl_module.teacher.answers:
             self._publish(trainer, self.measure(trainer, pl_module, "teacher"))
         step = trainer.global_step
         due = step == 0 or (self.every_n_steps and step % self.every_n_steps == 0)
@@ -129,7 +129,7 @@ class CompletionEval(pl.Callback):
         with torch.no_grad(), evaluating(pl_module.student), trainer.precision_plugin.forward_context():  # type: ignore[arg-type]
             prompts = list(self._prompts(data.eval_prompts))
             written = getattr(writers, who)(prompts)
-            if who == "student":
+            if who == "student" and pl_module.teacher.answers:
                 self._divergence(pl_module, prompts, written, data.micro_batch_size or 64, divergence)
             nll = self._neutral_nll(pl_module) if who == "student" and self.neutral_text else None
         groups: dict[int, list[float]] = {}
@@ -148,7 +148,8 @@ class CompletionEval(pl.Callback):
         found: dict[str, Any] = {"step": trainer.global_step, "who": who}
         if grader is not None:
             found["accuracy"] = float(accuracy.compute())
-        found["reverse_kl"] = float(divergence.compute()) if who == "student" else 0.0
+        if pl_module.teacher.answers:
+            found["reverse_kl"] = float(divergence.compute()) if who == "student" else 0.0
         found |= {"completion_tokens": float(tokens.compute()), "truncated": float(truncated.compute())}
         found |= {f"pass@{k}": float(passed.compute()) for k, passed in passes.items()}
         if nll is not None:

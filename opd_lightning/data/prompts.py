@@ -229,13 +229,14 @@ class TaskPrompts(PromptSet):
         task: the task.
         size: number of rows, all different.
         seed: of the generator.
+        split: ``train`` and ``held_out`` never share a prompt, whatever their seeds; ``all`` draws from both.
     """
 
-    def __init__(self, task: Task, size: int = 1000, seed: int = 0) -> None:
-        self.task, self.size, self.seed = task, size, seed
+    def __init__(self, task: Task, size: int = 1000, seed: int = 0, split: Literal["all", "train", "held_out"] = "all") -> None:
+        self.task, self.size, self.seed, self.split = task, size, seed, split
 
     def rows(self) -> list[Row]:
-        return self.task.rows(self.size, self.seed)
+        return self.task.rows(self.size, self.seed, self.split)
 
     def grader(self) -> Grader:
         return self.task

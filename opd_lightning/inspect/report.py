@@ -122,13 +122,13 @@ def _metrics(row: dict[str, Any]) -> dict[str, float]:
 
 def is_row(value: Any) -> bool:
     """Whether an entry of a summary is a row of the table, not a field."""
-    return isinstance(value, dict) and "reverse_kl" in value
+    return isinstance(value, dict) and "completion_tokens" in value
 
 
 def table(summary: dict[str, Any]) -> str:
     """The rows as text.
 
-    >>> print(table({"before": {"accuracy": 0.25, "reverse_kl": 1.5}}))
+    >>> print(table({"before": {"accuracy": 0.25, "reverse_kl": 1.5, "completion_tokens": 9.0}}))
                     accuracy  reverse KL (nats/token)
     student before    25.0 %                   1.5000
     """

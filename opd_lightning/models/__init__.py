@@ -2,8 +2,18 @@
 
 from opd_lightning.models.lora import LoRA
 from opd_lightning.models.students import Student
-from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, Teacher
+from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, Teacher, TextTeacher
 from opd_lightning.models.tiny import NewStudent
 from opd_lightning.models.vocabulary import Vocabulary, VocabularyMismatch
 
-__all__ = ["AdapterOffTeacher", "FrozenTeacher", "LoRA", "NewStudent", "Student", "Teacher", "Vocabulary", "VocabularyMismatch"]
+__all__ = [
+    "AdapterOffTeacher",
+    "FrozenTeacher",
+    "LoRA",
+    "NewStudent",
+    "Student",
+    "Teacher",
+    "TextTeacher",
+    "Vocabulary",
+    "VocabularyMismatch",
+]

@@ -116,4 +116,4 @@ def trainable_report(model: nn.Module) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
         raise ValueError("student.dtype=float16 cannot be trained safely: use bfloat16 or float32")
-    return f"{trained / 1e6:.3g} M of {total / 1e6:.3g} M parameters are trained ({100 * trained / max(total, 1):.2g} %)"
+    return f"{trained / 1e6:.3g} M of {total / 1e6:.3g} M parameters are trained ({100 * trained / max(total, 1):.3g} %)"

@@ -22,14 +22,19 @@ from opd_lightning.models.loading import DTYPES, load_config, load_model, load_t
 from opd_lightning.models.students import Student
 from opd_lightning.types import Rendering
 
-__all__ = ["AdapterOffTeacher", "FrozenTeacher", "Teacher"]
+__all__ = ["AdapterOffTeacher", "FrozenTeacher", "Teacher", "TextTeacher"]
 
 
 class Teacher(Configurable, ABC):
     """A source of next-token laws. Subclass it for your own: `speaking` is the one method that must be written.
 
     `build` is called once, after the student was built.
+
+    Attributes:
+        answers: False if there is no network to ask, only text.
     """
+
+    answers: bool = True
 
     def check(self, student: Student) -> None:
         """Refuse a student that this teacher cannot teach, before any weight is loaded."""
@@ -123,3 +128,17 @@ class AdapterOffTeacher(Teacher):
             raise TypeError("AdapterOffTeacher needs a LoRA student: set `model.student.lora: {}`")
         with evaluating(student), student.disable_adapter():  # dropout must not disturb the teacher
             yield student
+
+
+class TextTeacher(Teacher):
+    """No network: the text of the data set is the teacher. For supervised fine-tuning (DatasetSource, WrittenToken)."""
+
+    answers = False
+
+    @contextmanager
+    def speaking(self, student: nn.Module) -> Iterator[nn.Module]:
+        raise ValueError(
+            "TextTeacher has no network to ask or to write with: use `rollout.source: DatasetSource` and `support: WrittenToken`,"
+            " or another `model.teacher`"
+        )
+        yield student

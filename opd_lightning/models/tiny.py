@@ -44,6 +44,7 @@ class NewStudent(Student):
         heads: attention heads; ``hidden`` must be a multiple of it.
         intermediate: width of the feed-forward layers; 0 means 4 x hidden.
         max_length: longest sequence.
+        init_std: standard deviation of the initial weights; the common 0.02 is small for narrow networks.
         seed: of the weights.
 
     Raises:
@@ -58,13 +59,14 @@ class NewStudent(Student):
         heads: int = 4,
         intermediate: int = 0,
         max_length: int = 256,
+        init_std: float = 0.06,
         seed: int = 0,
     ) -> None:
         if hidden % heads:
             raise ValueError(f"NewStudent(hidden={hidden}, heads={heads}): heads must divide hidden")
         super().__init__(path="", seed=seed)
         self.characters, self.hidden, self.layers, self.heads = characters, hidden, layers, heads
-        self.intermediate, self.max_length = intermediate or 4 * hidden, max_length
+        self.intermediate, self.max_length, self.init_std = intermediate or 4 * hidden, max_length, init_std
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return character_tokenizer(self.characters)
@@ -79,6 +81,7 @@ class NewStudent(Student):
             num_attention_heads=self.heads,
             num_key_value_heads=self.heads,
             max_position_embeddings=self.max_length,
+            initializer_range=self.init_std,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,

@@ -83,7 +83,7 @@ def test_reasoning_gym_rows_are_graded_by_its_own_rules() -> None:
     assert len(rows) == 5 and rows == ReasoningGymPrompts("chain_sum", size=5, seed=1).rows()
     assert grade(rows[0], f" {rows[0]['answer']} ") == 1.0
     assert grade(rows[0], "definitely wrong") < 1.0
-    with pytest.raises(ValueError, match="near: .*chain_sum"):
+    with pytest.raises(ValueError, match=r"near: .*chain_sum"):
         ReasoningGymPrompts("chain_sums").rows()
 
 

@@ -1,0 +1,1 @@
+"""Bundled tiny pairs of teacher and student, and the command that rebuilds them from shipped configurations."""
