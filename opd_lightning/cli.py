@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,7 @@ class _Quiet(logging.Filter):
 def run_verbs(argv: list[str]) -> OPDCLI:
     """Parse and run one of the verbs that build a module."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_Quiet())
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside Lightning 2.6 with torch 2.13
     argv = configfiles.with_carried(configfiles.expand(argv))
     # In sys.argv, not in args=: the ddp and fsdp launchers start the other ranks with the same sys.argv.
     sys.argv = [sys.argv[0], *argv]

@@ -121,6 +121,7 @@ class OPDModule(pl.LightningModule):
     def configure_model(self) -> None:
         if self.student is not None:  # called again by every fit, validate and predict
             return
+        rank_zero_info(f"building {self.recipe!r} and {self.teacher!r}")
         student = self.recipe.build()
         prove_head(student)
         self.teacher.build(student)
@@ -217,9 +218,6 @@ class OPDModule(pl.LightningModule):
             for p, c in zip(prompts, written, strict=True)
             if p.row >= 0
         ]
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch.to(device) if isinstance(batch, Rollout) else batch
 
     def configure_optimizers(self) -> Any:
         # Every parameter in one group: Lightning maps states to sharded strategies by position in parameters().

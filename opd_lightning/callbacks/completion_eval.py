@@ -137,7 +137,7 @@ class CompletionEval(pl.Callback):
             if prompt.row < 0:
                 continue
             text = pl_module.vocabulary.decode(completion.ids)
-            score = grader(prompt.fields, text) if grader is not None else torch.nan
+            score = grader({**prompt.fields, "ended": completion.ended}, text) if grader is not None else torch.nan
             for metric, value in ((tokens, len(completion.ids)), (truncated, not completion.ended), (accuracy, score)):
                 metric.update(torch.tensor(float(value), device=pl_module.device))
             groups.setdefault(prompt.index, []).append(score)

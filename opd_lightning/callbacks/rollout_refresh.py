@@ -242,7 +242,10 @@ class RolloutRefresh(pl.Callback):
         mine = [replace(p, row=i * n + s) for i, p in enumerate(prompts) if i % world == rank for s in range(n)]
         writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "probe")
         written = writers.student(mine)
-        scores = {p.row: data.grader(p.fields, pl_module.vocabulary.decode(c.ids)) for p, c in zip(mine, written, strict=True)}
+        scores = {
+            p.row: data.grader({**p.fields, "ended": c.ended}, pl_module.vocabulary.decode(c.ids))
+            for p, c in zip(mine, written, strict=True)
+        }
         everything: dict[int, float] = {}
         for part in parallel.gather_objects(scores):
             everything |= part

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from opd_lightning import parallel
 from opd_lightning.data.buffer import RolloutBuffer, RolloutLoader
@@ -19,7 +20,10 @@ from opd_lightning.data.templates import AutoTemplate, Template
 from opd_lightning.metrics.graders import Grader
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.seeds import run_seed
-from opd_lightning.types import Prompt
+from opd_lightning.types import Prompt, Rollout
+
+SHOW_PROGRESS = 5000
+"""Prompts from which on tokenizing takes long enough to be shown."""
 
 
 class PromptDataModule(pl.LightningDataModule):
@@ -101,8 +105,9 @@ class PromptDataModule(pl.LightningDataModule):
     def _tokenize(self, rows: Sequence[Row], first: int) -> list[Prompt]:
         assert self.vocabulary is not None
         tokenizer = self.vocabulary.tokenizer
-        out, too_long = [], 0
-        for index, row in enumerate(rows, first):
+        out, too_long, unknown = [], 0, 0
+        shown = tqdm(rows, desc="Tokenizing prompts", disable=len(rows) < SHOW_PROGRESS, leave=False)
+        for index, row in enumerate(shown, first):
             ids = self.template.ids(row, tokenizer)
             if self.max_prompt_tokens and len(ids) > self.max_prompt_tokens:
                 too_long += 1
@@ -113,7 +118,12 @@ class PromptDataModule(pl.LightningDataModule):
                 written = tokenizer(row["completion"], add_special_tokens=False).input_ids
                 reference = (*written, self.vocabulary.eos_ids[0])
             theirs = self.teacher_template.ids(row, tokenizer) if self.teacher_template is not None else None
+            unknown += self.vocabulary.unk_id in (*ids, *(theirs or ()), *(reference or ()))
             out.append(Prompt(index, text, ids, theirs, reference, dict(row)))
+        if unknown:
+            rank_zero_warn(
+                f"{unknown} of {len(rows)} prompts or completions hold text that the tokenizer does not know (<unk>)"
+            )
         if too_long:
             rank_zero_warn(
                 f"{too_long} of {len(rows)} prompts are longer than data.max_prompt_tokens={self.max_prompt_tokens}: left out"
@@ -162,6 +172,10 @@ class PromptDataModule(pl.LightningDataModule):
         return DataLoader(own, batch_size=size, collate_fn=list, generator=torch.Generator())  # type: ignore[arg-type]
 
     test_dataloader = predict_dataloader = val_dataloader
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Rollouts move; lists of prompts are no tensors."""
+        return batch.to(device) if isinstance(batch, Rollout) else batch
 
     # ---- state ---------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Report(Configurable):
     Args:
         label: name of this run's row.
         controls: row name -> configuration that is laid over this run's own and trained for comparison, on one device, e.g.
-            ``{sft: experiments/quickstart_sft.yaml}``.
+            ``{sft: methods/seqkd.yaml}``.
         fields: further keys of ``summary.json`` -> where they come from, as ``row.metric``, e.g.
             ``{kl_before: before.reverse_kl}``.
     """
@@ -40,6 +40,10 @@ class Report(Configurable):
         fields: dict[str, str] | None = None,
     ) -> None:
         self.label, self.controls, self.fields = label, controls or {}, fields or {}
+        rows = ("before", *self.controls, label, "teacher")
+        for key, source in self.fields.items():
+            if source.partition(".")[0] not in rows or not source.partition(".")[2]:
+                raise ValueError(f"report.fields.{key}={source!r}: write row.metric, with a row of {', '.join(rows)}")
 
     def finish(self, run: Path, argv: list[str]) -> None:
         """Train the controls with the run's own command line, then write and show everything."""
@@ -93,7 +97,8 @@ class Report(Configurable):
         for key, source in self.fields.items():
             name, _, metric = source.partition(".")
             if metric not in rows.get(name, {}):
-                raise ValueError(f"report.fields.{key}={source!r}: rows are {', '.join(rows)}, and {name!r} has no {metric!r}")
+                print(f"summary.json lacks {key}: row {name!r} has no {metric!r}", file=sys.stderr)
+                continue
             *outer, last = key.split(".")
             place = extra
             for part in outer:

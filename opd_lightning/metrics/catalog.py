@@ -5,6 +5,9 @@ from __future__ import annotations
 METRICS: dict[str, str] = {
     "train/loss": "Objective value, divided as the reduction says. A monitor, not a potential: for gamma < 1 it need not fall.",
     "train/reverse_kl": "KL(student ‖ teacher), nats per token over the full vocabulary, on the rollouts trained on. Falls.",
+    "train/k1": "One-sample estimate of the reverse KL on the drawn tokens, signed. Equal to train/reverse_kl but for noise "
+    "while the text is the student's own; a lasting difference says that it is not.",
+    "train/k3": "The same with less noise, never negative (Schulman's k3). A metric: as a loss it would descend forward KL.",
     "train/student_entropy": "Entropy of the student's next-token law, nats per token. A fall to 0 is a collapse.",
     "train/teacher_entropy": "Entropy of the teacher's law on the student's states, nats per token.",
     "train/entropy_gap": "Mean of abs(teacher entropy - student entropy), nats. Falls towards 0.",

@@ -20,7 +20,7 @@ class Grader(Configurable, ABC):
         """1.0 for right, 0.0 for wrong, or something between.
 
         Args:
-            row: the prompt's columns.
+            row: the prompt's columns, and ``ended``: whether the completion closed with an end-of-sequence token.
             completion: the text, without special tokens.
         """
 
@@ -75,16 +75,20 @@ class RegexMatch(Grader):
 
     Args:
         pattern: searched with ``re.search``; begin it with ``^`` or ``\\A`` to anchor it.
+        must_end: a completion that ran into the length limit is wrong, whatever it says.
 
     Raises:
         ValueError: if the pattern is not a regular expression.
     """
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, must_end: bool = False) -> None:
+        self.must_end = must_end
         try:
             self.compiled = re.compile(pattern)
         except re.error as error:
             raise ValueError(f"RegexMatch(pattern={pattern!r}): {error}") from error
 
     def __call__(self, row: Mapping[str, Any], completion: str) -> float:
+        if self.must_end and not row["ended"]:
+            return 0.0
         return float(self.compiled.search(completion) is not None)

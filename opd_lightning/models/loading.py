@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,22 @@ def local_folder(path: str) -> str:
 
 
 def _convert_gguf(file: Path, target: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
+    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
         raise ModuleNotFoundError(f"{file.name} is a GGUF file: pip install 'opd_lightning[gguf]'")
     print(f"Converting {file.name} to safetensors once, into {target} ...", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):  # the weights are whole again; transformers would refuse to save them
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    model.save_pretrained(partial)
+    plain.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     if target.exists():  # another process was faster
+        shutil.rmtree(partial)
         return
     partial.rename(target)
 

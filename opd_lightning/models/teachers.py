@@ -138,7 +138,7 @@ class TextTeacher(Teacher):
     @contextmanager
     def speaking(self, student: nn.Module) -> Iterator[nn.Module]:
         raise ValueError(
-            "TextTeacher has no network to ask or to write with: use `rollout.source: DatasetSource` and `support: WrittenToken`,"
-            " or another `model.teacher`"
+            "TextTeacher has no network to ask or to write with: use `rollout.source: DatasetSource` and "
+            "`support: WrittenToken`, or another `model.teacher`"
         )
         yield student

@@ -94,7 +94,7 @@ class NewStudent(Student):
             return blank_generation(LlamaForCausalLM(self.config()))
 
 
-def save_tiny(folder: str | Path, characters: str = "0123456789+= ", **sizes: Any) -> Path:
+def save_tiny(folder: str | Path, characters: str = "0123456789+=,;&c# ", **sizes: Any) -> Path:
     """Write a random tiny model with its tokenizer as a Hugging Face folder, and return the folder."""
     student = NewStudent(characters, **sizes)
     student.weights().save_pretrained(folder)  # type: ignore[operator]

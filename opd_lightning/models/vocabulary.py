@@ -22,22 +22,25 @@ class Vocabulary:
             soft-max, in scoring and in sampling.
         eos_ids: tokens that end a completion.
         pad_id: fills rows on the right; never scored.
+        unk_id: stands for text that the tokenizer does not know; None where it knows everything.
     """
 
     tokenizer: PreTrainedTokenizerBase
     size: int
     eos_ids: tuple[int, ...]
     pad_id: int
+    unk_id: int | None = None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, extra_eos: tuple[int, ...] = ()) -> Vocabulary:
         eos = tokenizer.eos_token_id
-        pad = tokenizer.pad_token_id
+        pad, unk = tokenizer.pad_token_id, tokenizer.unk_token_id
         return cls(
             tokenizer=tokenizer,
             size=max(tokenizer.get_vocab().values()) + 1,
             eos_ids=tuple(dict.fromkeys([eos, *extra_eos])),
             pad_id=eos if pad is None else pad,
+            unk_id=None if unk in (eos, pad, tokenizer.bos_token_id) else unk,  # byte-level vocabularies lend it a role token
         )
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:

@@ -18,6 +18,7 @@ from opd_lightning.objectives.supports import FullVocab, Scores, Support
 from opd_lightning.objectives.validate import DeclaredTarget, declare, refuse_if_degenerate
 from opd_lightning.ops import logprobs as lp
 from opd_lightning.ops.agreement import agreement
+from opd_lightning.ops.estimators import k1, k3
 from opd_lightning.ops.masks import unflatten_completions
 from opd_lightning.types import ObjectiveOutput, Rollout, TokenLaws, TokenStats
 
@@ -170,10 +171,12 @@ class Objective(Configurable):
         logprob = lp.gather(student, tokens)
         direct = scores.direct if scores.direct is not None else torch.zeros_like(logprob)
         with torch.no_grad():
-            detached = self._detached(scores, student, teacher, agreement_k)
+            detached = self._detached(scores, student, teacher, tokens, agreement_k)
         return direct, logprob, detached
 
-    def _detached(self, scores: Scores, student: Tensor, teacher: Tensor | None, agreement_k: int) -> dict[str, Tensor]:
+    def _detached(
+        self, scores: Scores, student: Tensor, teacher: Tensor | None, tokens: Tensor, agreement_k: int
+    ) -> dict[str, Tensor]:
         out = {"student_entropy": lp.entropy(student)}
         if scores.cost is not None:
             out["_cost"] = scores.cost
@@ -184,6 +187,8 @@ class Objective(Configurable):
             out["_reward"] = out["_reward"] - b
         out["teacher_entropy"] = lp.entropy(teacher)
         out["reverse_kl"] = (student.exp() * (student - teacher)).sum(-1)
+        on_token = lp.gather(student, tokens), lp.gather(teacher, tokens)
+        out |= {"k1": k1(*on_token), "k3": k3(*on_token)}
         if agreement_k > 0:
             found = agreement(student, teacher, agreement_k)
             out |= {

@@ -93,8 +93,10 @@ def test_the_logged_loss_is_the_reverse_kl_of_the_rollouts(pair: tuple[Path, Pat
     _, seen = fit(tmp_path, pair, RolloutRefresh(sampler=SAMPLER, seed=5), module=module, max_steps=1)
     batch = seen.batches[0]
     with torch.no_grad():
-        ours = laws_of(reference.student, batch.text, 17).logits(0, 10**6).double().log_softmax(-1)
-        theirs = laws_of(reference.teacher.model, batch.text, 17).logits(0, 10**6).double().log_softmax(-1)
+        ours = laws_of(reference.student, batch.text, reference.vocabulary.size).logits(0, 10**6).double().log_softmax(-1)
+        theirs = (
+            laws_of(reference.teacher.model, batch.text, reference.vocabulary.size).logits(0, 10**6).double().log_softmax(-1)
+        )
     expected = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     assert seen.logged[0]["train/loss"] == pytest.approx(expected, rel=1e-4)
     assert seen.logged[0]["train/reverse_kl"] == pytest.approx(expected, rel=1e-4)
@@ -267,8 +269,10 @@ def test_held_out_reverse_kl_by_hand(pair: tuple[Path, Path], tmp_path: Path) ->
     reference = tiny_module(pair)
     reference.configure_model()
     with torch.no_grad():
-        ours = laws_of(reference.student, seen[0].text, 17).logits(0, 10**6).double().log_softmax(-1)
-        theirs = laws_of(reference.teacher.model, seen[0].text, 17).logits(0, 10**6).double().log_softmax(-1)
+        ours = laws_of(reference.student, seen[0].text, reference.vocabulary.size).logits(0, 10**6).double().log_softmax(-1)
+        theirs = (
+            laws_of(reference.teacher.model, seen[0].text, reference.vocabulary.size).logits(0, 10**6).double().log_softmax(-1)
+        )
     expected = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     assert evaluation.history[1]["reverse_kl"] == pytest.approx(expected, rel=1e-4)
 

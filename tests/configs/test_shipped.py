@@ -16,10 +16,7 @@ from opd_lightning.models import Student
 from opd_lightning.models.tiny import save_tiny
 
 NAMES = [name for name in configfiles.shipped() if name != "base.yaml"]
-CHAT = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,10 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     out = []
     for name, hidden in (("student", 16), ("teacher", 32)):
         folder = save_tiny(
-            tmp_path_factory.mktemp("chat") / name, characters="".join(map(chr, range(32, 127))) + "\n", hidden=hidden, max_length=4096
+            tmp_path_factory.mktemp("chat") / name,
+            characters="".join(map(chr, range(32, 127))) + "\n",
+            hidden=hidden,
+            max_length=4096,
         )
         tokenizer = Student(str(folder)).tokenizer()
         tokenizer.chat_template = CHAT

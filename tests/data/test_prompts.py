@@ -12,11 +12,13 @@ from opd_lightning.data import (
     ChatTemplate,
     JsonlPrompts,
     PlainTemplate,
+    PromptDataModule,
     Shuffled,
     TaskPrompts,
 )
-from opd_lightning.data.prompts import BadRows, DatasetPrompts, ReasoningGymPrompts
+from opd_lightning.data.prompts import BadRows, DatasetPrompts, GivenPrompts, ReasoningGymPrompts
 from opd_lightning.models.tiny import character_tokenizer
+from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.types import Prompt
 
 
@@ -150,3 +152,11 @@ def test_by_difficulty_keeps_what_is_neither_too_easy_nor_too_hard() -> None:
         ByDifficulty(0.3, 0.4).order(PROMPTS, scores, 0, 0)
     with pytest.raises(ValueError, match="low <= high"):
         ByDifficulty(0.9, 0.1)
+
+
+def test_text_that_the_tokenizer_does_not_know_is_reported() -> None:
+    tokenizer = character_tokenizer("0123456789+=")
+    data = PromptDataModule(GivenPrompts(["1+2=", "1-2="]), selector=Shuffled())
+    data.vocabulary = Vocabulary.of(tokenizer)
+    with pytest.warns(UserWarning, match="1 of 2 prompts or completions hold text that the tokenizer does not know"):
+        data.setup("fit")

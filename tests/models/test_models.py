@@ -19,7 +19,7 @@ TEXT = Rendering.of([(1, 5, 6), (1, 7)], [(8, 9, 2), (4, 2)], pad_id=0)
 
 def test_laws_are_the_models_own_logits_at_completion_positions(pair: tuple[Path, Path]) -> None:
     model = Student(str(pair[0])).build().eval()
-    laws = laws_of(model, TEXT, vocab=17)
+    laws = laws_of(model, TEXT, vocab=22)
     for row, positions, start in ((0, [2, 3, 4], 0), (1, [1, 2], 3)):
         alone = model(input_ids=TEXT.ids[row : row + 1, : TEXT.lengths[row]]).logits[0, positions]
         torch.testing.assert_close(laws.logits(start, start + len(positions)), alone, atol=1e-5, rtol=1e-5)
@@ -80,20 +80,20 @@ def test_the_adapter_off_teacher_is_the_base_model_bit_for_bit(pair: tuple[Path,
             if "lora_B" in name:
                 p.normal_()
     base = load_model(str(pair[0]))
-    theirs = AdapterOffTeacher().laws(student, TEXT, 17)
+    theirs = AdapterOffTeacher().laws(student, TEXT, 22)
     with torch.no_grad():
-        expected = laws_of(base, TEXT, 17)
+        expected = laws_of(base, TEXT, 22)
         assert torch.equal(theirs.logits(0, len(theirs)), expected.logits(0, len(expected)))
     assert student.training  # dropout is back on
-    assert (laws_of(student, TEXT, 17).logits(0, 5) - theirs.logits(0, 5)).abs().max() > 1e-3
+    assert (laws_of(student, TEXT, 22).logits(0, 5) - theirs.logits(0, 5)).abs().max() > 1e-3
 
 
 def test_a_teacher_pass_between_forward_and_backward_keeps_the_gradients(pair: tuple[Path, Path]) -> None:
     def gradients(ask_teacher: bool) -> list[torch.Tensor]:
         student = Student(str(pair[0]), lora=LoRA(r=4)).build()
-        loss = laws_of(student, TEXT, 17).logits(0, 5).square().sum()
+        loss = laws_of(student, TEXT, 22).logits(0, 5).square().sum()
         if ask_teacher:
-            AdapterOffTeacher().laws(student, TEXT, 17).logits(0, 5)
+            AdapterOffTeacher().laws(student, TEXT, 22).logits(0, 5)
         loss.backward()
         return [p.grad for p in student.parameters() if p.requires_grad]
 
@@ -106,7 +106,7 @@ def test_teachers_give_no_gradient_and_no_parameters(pair: tuple[Path, Path], ki
     student = Student(str(pair[0]), lora=LoRA(r=4)).build()
     teacher = FrozenTeacher(str(pair[1])) if kind == "frozen" else AdapterOffTeacher()
     teacher.build(student)
-    laws = teacher.laws(student, TEXT, 17)
+    laws = teacher.laws(student, TEXT, 22)
     assert not laws.logits(0, 5).requires_grad
     assert not isinstance(teacher, torch.nn.Module)
 
@@ -135,7 +135,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair: tuple[Path, Path]
     found = []
     for on in (False, True):
         student = Student(str(pair[0]), gradient_checkpointing=on).build()
-        laws_of(student, TEXT, 17).logits(0, 5).square().sum().backward()
+        laws_of(student, TEXT, 22).logits(0, 5).square().sum().backward()
         found.append([p.grad.clone() for p in student.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
@@ -194,9 +194,9 @@ def test_padded_vocabularies_are_accepted_with_a_proof() -> None:
 
 def test_padded_rows_carry_no_mass(pair: tuple[Path, Path]) -> None:
     model = Student(str(pair[0])).build().eval()
-    plain = laws_of(model, TEXT, 17).logits(0, 5)
+    plain = laws_of(model, TEXT, 22).logits(0, 5)
     model.resize_token_embeddings(64, mean_resizing=False)
-    torch.testing.assert_close(laws_of(model, TEXT, 17).logits(0, 5), plain)
+    torch.testing.assert_close(laws_of(model, TEXT, 22).logits(0, 5), plain)
 
 
 def test_paths_that_do_not_exist_say_what_does() -> None:

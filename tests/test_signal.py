@@ -1,0 +1,27 @@
+"""SIGTERM to the command: a checkpoint, exit code 143, and the same weights after resuming."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from opd_lightning.callbacks.recovery import checkpoints
+from tests.test_kill import CONFIG, finish, start
+
+
+def test_sigterm_exits_143_and_resumes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tmp_path / "stop.yaml"
+    config.write_text(CONFIG.format(steps=60, student=pair[0], teacher=pair[1]))
+    process = start(config, tmp_path / "run")
+    while not checkpoints(tmp_path / "run/checkpoints") and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=100) == 143
+    assert int(checkpoints(tmp_path / "run/checkpoints")[0].stem.split("-")[1]) < 60
+    found = finish(config, tmp_path / "run")
+    expected = finish(config, tmp_path / "whole")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
