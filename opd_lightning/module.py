@@ -21,16 +21,16 @@ from torch import nn
 
 from opd_lightning import parallel
 from opd_lightning.configurable import to_plain
-from opd_lightning.models.distributions import evaluating, laws_of, prove_head
+from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, prove_head
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
 from opd_lightning.models.teachers import Teacher
 from opd_lightning.models.vocabulary import Vocabulary, extra_eos, prove_rows, prove_same_tokens
-from opd_lightning.objectives import Objective
+from opd_lightning.objectives import Extras, Objective
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold, run_seed
 from opd_lightning.sources import Source
-from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rollout
+from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rendering, Rollout
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class OPDModule(pl.LightningModule):
         objective: what is descended.
         optimizer: called with all parameters; frozen ones never get a state. null is AdamW with a learning rate of 1e-4.
         scheduler: called with the optimizer, stepped after every optimizer step; null keeps the learning rate.
+        reference: a third, frozen model, for objectives that extrapolate from it or stay near it.
     """
 
     def __init__(
@@ -70,19 +71,30 @@ class OPDModule(pl.LightningModule):
         objective: Objective,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
+        reference: Teacher | None = None,
     ) -> None:
         super().__init__()
-        self._remember(student=student, teacher=teacher, objective=objective, optimizer=optimizer, scheduler=scheduler)
+        self._remember(
+            student=student, teacher=teacher, objective=objective, optimizer=optimizer, scheduler=scheduler, reference=reference
+        )
         teacher.check(student)
+        if objective.needs_reference and (reference is None or not reference.answers):
+            raise ValueError(
+                f"the objective ({objective.declared_target.name}) needs a third model: set model.reference, e.g. to "
+                "{class_path: FrozenTeacher, init_args: {path: <where the student started>}}, or to AdapterOffTeacher"
+            )
+        if reference is not None:
+            reference.check(student)
         if objective.needs_teacher and not teacher.answers:
             raise ValueError(f"{teacher!r} has no network, but the objective compares with one: use `support: WrittenToken`")
-        self.recipe, self.teacher, self.objective = student, teacher, objective
+        self.recipe, self.teacher, self.objective, self.reference = student, teacher, objective, reference
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-4)
         self.scheduler = scheduler
         self.agreement_k = 0  # set by AgreementMonitor
         self.writer, self.sampler = "student", NativeSampler()  # of predict; set by `opd generate` and CompletionEval
         self.phases: list[Phase] = []
         self.student: nn.Module | None = None
+        self.critic: nn.Linear | None = None  # the value head of GAE
         self._trained_names: set[str] = set()
         self._checkpoint: dict[str, Any] | None = None
         self.strict_loading = False  # checkpoints leave the frozen base out; on_load_checkpoint checks what must be there
@@ -110,36 +122,60 @@ class OPDModule(pl.LightningModule):
             )
         if self.student is not None:
             return
-        theirs = self.teacher.tokenizer()
-        if theirs is not None:
-            prove_same_tokens(self.vocabulary.tokenizer, theirs)
         rows = {"student": int(self.recipe.config().get_text_config().vocab_size)}
-        if (teacher_rows := self.teacher.rows()) is not None:
-            rows["teacher"] = teacher_rows
+        for name, model in self._frozen.items():
+            if (theirs := model.tokenizer()) is not None:
+                prove_same_tokens(self.vocabulary.tokenizer, theirs)
+            if (their_rows := model.rows()) is not None:
+                rows[name] = their_rows
         rank_zero_info(prove_rows(self.vocabulary, rows))
 
     def configure_model(self) -> None:
         if self.student is not None:  # called again by every fit, validate and predict
             return
-        rank_zero_info(f"building {self.recipe!r} and {self.teacher!r}")
+        rank_zero_info(f"building {self.recipe!r} and {', '.join(map(repr, self._frozen.values()))}")
         student = self.recipe.build()
         prove_head(student)
-        self.teacher.build(student)
-        self._trained_names = {n for n, p in student.named_parameters() if p.requires_grad}
+        for model in self._frozen.values():
+            model.build(student)
+        self._trained_names = {f"student.{n}" for n, p in student.named_parameters() if p.requires_grad}
         if not self._trained_names:
             raise ValueError("no parameter of the student is trainable")
+        if self.objective.needs_critic:
+            self.critic = self._new_critic()
+            self._trained_names |= {"critic.weight", "critic.bias"}
         if self.device_mesh is not None:  # only the FSDP2 strategy sets it
             mesh = self.device_mesh["data_parallel"]
             parallel.shard(base_of(student), mesh)
-            if (own := self.teacher.own_model()) is not None:
+            for own in self._own_models():
                 parallel.shard(base_of(own), mesh)
         self.student = student
         rank_zero_info(f"student: {trainable_report(student)}")
 
+    @property
+    def _frozen(self) -> dict[str, Teacher]:
+        """The models that are asked; a reference that no objective needs is not even loaded."""
+        third = self.reference if self.objective.needs_reference else None
+        return {"teacher": self.teacher} | ({"reference": third} if third is not None else {})
+
+    def _own_models(self) -> list[nn.Module]:
+        return [own for model in self._frozen.values() if (own := model.own_model()) is not None]
+
+    def _new_critic(self) -> nn.Linear:
+        """A linear head on the student's hidden states that starts at zero; no gradient flows into the student through it."""
+        if self.device_mesh is not None:
+            raise ValueError(
+                "a learned critic is not sharded: use another strategy than fsdp2, or GAE with train_critic: false"
+            )
+        critic = nn.Linear(self.recipe.config().get_text_config().hidden_size, 1)
+        nn.init.zeros_(critic.weight)
+        nn.init.zeros_(critic.bias)
+        return critic
+
     def _place_teacher(self) -> None:
-        own = self.teacher.own_model()
-        if own is not None and self.device_mesh is None:
-            own.to(self.device)
+        if self.device_mesh is None:
+            for own in self._own_models():
+                own.to(self.device)
 
     def on_fit_start(self) -> None:
         self._place_teacher()
@@ -179,16 +215,27 @@ class OPDModule(pl.LightningModule):
         """Both models' laws on a rollout, compared by an objective."""
 
         def compare() -> ObjectiveOutput:
-            size = self.vocabulary.size
-            ours = laws_of(self._student, rollout.text, size)
-            theirs = None
-            if objective.needs_teacher:
-                own = self.teacher.own_model()
-                answer = functools.partial(self.teacher.laws, self._student, rollout.for_teacher, size)
-                theirs = parallel.run_inside(base_of(own), answer) if own is not None else answer()
-            return objective(ours, theirs, rollout, agreement_k)
+            ours = laws_of(self._student, rollout.text, self.vocabulary.size)
+            theirs = self._ask(self.teacher, rollout.for_teacher) if objective.needs_teacher else None
+            third = self._ask(self.reference, rollout.text) if objective.needs_reference and self.reference else None
+            values = None
+            if self.critic is not None and objective.needs_critic:
+                values = self.critic(ours.hidden.detach().to(self.critic.weight.dtype)).squeeze(-1)
+            return objective(ours, theirs, rollout, agreement_k, Extras(third, values, self.progress))
 
         return parallel.run_inside(base_of(self._student), compare)
+
+    def _ask(self, model: Teacher, text: Rendering) -> DenseLaws:
+        """A frozen model's laws, computed inside its own sharding where it has one."""
+        answer = functools.partial(model.laws, self._student, text, self.vocabulary.size)
+        own = model.own_model()
+        return parallel.run_inside(base_of(own), answer) if own is not None else answer()
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's optimizer steps that are done, in [0, 1]; 0 where their number is open."""
+        steps = self._trainer.max_steps if self._trainer is not None else -1
+        return min(self.global_step / steps, 1.0) if steps > 0 else 0.0
 
     def phase_at(self, step: int) -> Phase | None:
         """The phase that an optimizer step lies in; None in the main part. A function of the step, so resuming is exact."""
@@ -201,8 +248,12 @@ class OPDModule(pl.LightningModule):
 
     # ---- steps ---------------------------------------------------------------------------------------------------------
     def training_step(self, rollout: Rollout, batch_idx: int) -> dict[str, Any]:
-        out = self.score(rollout, self.objective_at(self.global_step), self.agreement_k)
-        return {"loss": out.loss, "output": out}
+        objective = self.objective_at(self.global_step)
+        out = self.score(rollout, objective, self.agreement_k)
+        loss = out.loss
+        if self.critic is not None and not objective.needs_critic:  # DDP waits for every parameter
+            loss = loss + 0.0 * (self.critic.weight.sum() + self.critic.bias.sum())
+        return {"loss": loss, "output": out}
 
     def validation_step(self, prompts: list[Prompt], batch_idx: int) -> None:
         """The work is done by `CompletionEval`, which writes and grades completions of the batch."""
@@ -229,15 +280,14 @@ class OPDModule(pl.LightningModule):
     # ---- checkpoints ---------------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what training changes: the frozen base of a LoRA student and the teacher are not in the file."""
-        kept = {f"student.{name}" for name in self._trained_names}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self._trained_names}
         _optimizer_states_by_name(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" not in checkpoint:  # sharded strategies load the weights themselves
             return
         found = set(checkpoint["state_dict"])
-        missing = sorted(f"student.{name}" for name in self._trained_names if f"student.{name}" not in found)
+        missing = sorted(self._trained_names - found)
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} of {len(self._trained_names)} trained tensors (first: {missing[0]}). It "

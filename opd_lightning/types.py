@@ -125,9 +125,9 @@ class Rollout:
         ended: (B,) closed with EOS; False means cut by the length limit.
         teacher_text: what the teacher scores where its prompt differs from the student's. Completions are the same
             tokens in the same order.
-        scale: factor that turns "sum over this micro-batch" into "mean over the optimizer step, all micro-batches, all
-            ranks", whatever Lightning (accumulation) and DDP (averaging) divide by. 0 asks the objective to normalise
-            by this batch alone.
+        scale: factors, one a term of the objective, that turn "sum over this micro-batch" into "mean over the optimizer
+            step, all micro-batches, all ranks", whatever Lightning (accumulation) and DDP (averaging) divide by. Empty
+            asks the objective to normalise by this batch alone.
     """
 
     text: Rendering
@@ -137,7 +137,7 @@ class Rollout:
     policy_step: Tensor
     ended: Tensor
     teacher_text: Rendering | None = None
-    scale: float = 0.0
+    scale: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], completions: Sequence[Completion], pad_id: int) -> Rollout:

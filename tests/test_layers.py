@@ -63,6 +63,7 @@ def test_caps(file: Path) -> None:
             if ast.get_docstring(node):
                 length -= node.body[0].end_lineno - node.body[0].lineno + 1
             assert length <= 60, f"{file}:{node.lineno} {node.name} has {length} lines"
-            if node.name == "__init__":
+            why = text.splitlines()[node.lineno - 2].strip().startswith("#")  # a cap is broken by a comment that says why
+            if node.name == "__init__" and not why:
                 count = len(node.args.args) + len(node.args.kwonlyargs) - 1
                 assert count <= 10, f"{file}:{node.lineno} has {count} constructor arguments"

@@ -14,6 +14,7 @@ from opd_lightning import parallel
 from opd_lightning.callbacks.step_monitor import at_step_end
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.data.buffer import Plan, RolloutBuffer
+from opd_lightning.objectives import Objective
 from opd_lightning.objectives.validate import refuse_unfit_source
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import run_seed
@@ -146,7 +147,7 @@ class RolloutRefresh(pl.Callback):
             "accumulate": plan.accumulate,
             "rows": plan.rows,
             "refresh": self.buffer.refresh,
-            "scales": [s / (plan.world * plan.accumulate) for s in self.buffer.scales],
+            "scales": [[s / (plan.world * plan.accumulate) for s in step] for step in self.buffer.scales],
             "shards": shards,
             "seed": self.seed,
         }
@@ -186,7 +187,8 @@ class RolloutRefresh(pl.Callback):
         }
         picked = [rows[row] for row in plan.local_rows(state["refresh"])]
         rollout = Rollout.cat([shard.select(torch.tensor([i])) for shard, i in picked])
-        buffer.put(state["refresh"], rollout, [s * plan.world * plan.accumulate for s in state["scales"]])
+        factor = plan.world * plan.accumulate
+        buffer.put(state["refresh"], rollout, [tuple(s * factor for s in step) for step in state["scales"]])
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._alone = True  # other ranks may be gone
@@ -205,16 +207,20 @@ class RolloutRefresh(pl.Callback):
         completions = self.source_at(pl_module, first_step).produce(prompts, writers)
         seconds = time.perf_counter() - started
         rollout = Rollout.of(prompts, completions, pl_module.vocabulary.pad_id)
-        self.buffer.put(refresh, rollout, self._scales(rollout, pl_module.objective_at(first_step).reduction))
+        self.buffer.put(refresh, rollout, self._scales(rollout, pl_module.objective_at(first_step)))
         self.pending = self._measure(rollout, seconds)
 
-    def _scales(self, rollout: Rollout, reduction: Any) -> list[float]:
-        """One loss factor per distinct optimizer step: micro-batches and ranks over the step's denominator."""
+    def _scales(self, rollout: Rollout, objective: Objective) -> list[tuple[float, ...]]:
+        """The loss factors of every distinct optimizer step: micro-batches and ranks over the step's denominators."""
         assert self.buffer is not None
         plan = self.buffer.plan
         share = plan.micro_batch_size * plan.accumulate
-        local = [reduction.denominator(rollout.mask[c * share : (c + 1) * share]) for c in range(plan.chunks)]
-        return [plan.world * plan.accumulate / max(total, 1.0) for total in parallel.sum_over_ranks(local)]
+        rows = [torch.arange(c * share, (c + 1) * share) for c in range(plan.chunks)]
+        local = [objective.denominators(rollout.select(chunk)) for chunk in rows]
+        total = parallel.sum_over_ranks([d for step in local for d in step])
+        factors = [plan.world * plan.accumulate / max(d, 1.0) for d in total]
+        terms = len(local[0])
+        return [tuple(factors[c * terms : (c + 1) * terms]) for c in range(plan.chunks)]
 
     def _measure(self, rollout: Rollout, seconds: float) -> dict[str, float]:
         local = [float(rollout.mask.sum()), float(len(rollout)), float((~rollout.ended).sum()), seconds / parallel.world_size()]

@@ -70,7 +70,7 @@ class RolloutBuffer:
         position: micro-batches handed out since training began.
         refresh: number of the refresh that the rows belong to; -1 before the first.
         rollout: the rows, step by step, or None.
-        scales: one loss factor per distinct optimizer step (see `Rollout.scale`).
+        scales: the loss factors of every distinct optimizer step (see `Rollout.scale`).
         refill: set by the callback that owns the refresh.
     """
 
@@ -78,10 +78,10 @@ class RolloutBuffer:
         self.plan, self.seed = plan, seed
         self.position, self.refresh = 0, -1
         self.rollout: Rollout | None = None
-        self.scales: list[float] = []
+        self.scales: list[tuple[float, ...]] = []
         self.refill: Callable[[int], None] | None = None
 
-    def put(self, refresh: int, rollout: Rollout, scales: list[float]) -> None:
+    def put(self, refresh: int, rollout: Rollout, scales: list[tuple[float, ...]]) -> None:
         self.refresh, self.rollout, self.scales = refresh, rollout, scales
 
     def micro_batch(self, index: int) -> Rollout:

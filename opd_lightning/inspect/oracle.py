@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opd_lightning.objectives import Objective, SampledToken, SequenceMean, WrittenToken
+from opd_lightning.objectives import Objective, SequenceMean, WrittenToken
 from opd_lightning.types import NOT_A_STUDENT, Completion, Prompt, Rollout
 
 StateDivergence = Callable[[Tensor, Tensor], Tensor]
@@ -158,7 +158,7 @@ class TabularWorld:
         step = 0 if writer == "student" else NOT_A_STUDENT
         prompt = Prompt(index=0, text="", ids=(PROMPT_TOKEN,))
         rollout = Rollout.of([prompt], [Completion(path.tokens, tuple(recorded), path.ended, step)], pad_id=PROMPT_TOKEN)
-        return replace(rollout, sampler_logprobs=torch.tensor([recorded], dtype=torch.float64), scale=1.0)
+        return replace(rollout, sampler_logprobs=torch.tensor([recorded], dtype=torch.float64), scale=(1.0,))
 
     def moments(self, loss: Callable[[Rollout, TableLaws, TableLaws], Tensor], writer: Writer = "student") -> Moments:
         """Exact mean and covariance trace of the gradient of ``loss(rollout, student, teacher)`` over all completions."""
@@ -275,7 +275,7 @@ class TabularWorld:
 
 def _state_divergence(objective: Objective) -> StateDivergence:
     """The divergence that an objective compares at one state, as a function of the two laws."""
-    if isinstance(objective.support, (SampledToken, WrittenToken)):
+    if objective.support.sampled or isinstance(objective.support, WrittenToken):
         return lambda student, teacher: objective.divergence.entry(student, teacher).sum(-1)
     any_token = torch.zeros(1, dtype=torch.long)
-    return lambda student, teacher: objective.score(student, teacher, any_token.expand(len(student)))[0]
+    return lambda student, teacher: objective.score(student, teacher, any_token.expand(len(student))).direct

@@ -32,7 +32,7 @@ from opd_lightning.ops import logprobs as lp
 __all__ = ["FullVocab", "SampledToken", "Support", "TopK", "WrittenToken"]
 
 Chooser = Literal["student", "teacher", "union", "intersection"]
-Closure = Literal["tail", "renormalize", "stop_gradient", "raw"]
+Closure = Literal["tail", "renormalize", "renormalize_teacher", "stop_gradient", "sampled_tail", "raw"]
 
 
 class Scores(NamedTuple):
@@ -115,6 +115,7 @@ class TopK(Support):
             if given not in allowed:
                 raise ValueError(f"TopK({key}={given!r}): allowed are {', '.join(allowed)}")
         self.k, self.by, self.closure = k, by, closure
+        self.sampled = closure == "sampled_tail"
 
     @property
     def title(self) -> str:
@@ -136,10 +137,10 @@ class TopK(Support):
         new = ~lp.membership(theirs, ids, vocab)
         return torch.cat([ids, theirs], -1), torch.cat([torch.ones_like(new), new], -1)
 
-    def _close(self, head: Float[Tensor, "N K"], counts: Bool[Tensor, "N K"]) -> Float[Tensor, "N J"]:
+    def _close(self, head: Float[Tensor, "N K"], counts: Bool[Tensor, "N K"], is_teacher: bool) -> Float[Tensor, "N J"]:
         """Log-probabilities on the support, made comparable by the closure."""
         head = head.where(counts, head.new_full((), lp.floor_of(head.dtype)))
-        if self.closure == "renormalize":
+        if self.closure == "renormalize" or (self.closure == "renormalize_teacher" and is_teacher):
             return head - head.logsumexp(-1, keepdim=True)
         if self.closure == "tail":
             return torch.cat([head, lp.tail_logmass(head)[:, None]], -1)
@@ -154,10 +155,15 @@ class TopK(Support):
     ) -> Scores:
         assert teacher is not None
         ids, counts = self._ids(student, teacher)
-        s, t = (self._close(law.gather(-1, ids), counts) for law in (student, teacher))
-        integrand = divergence.raw if self.closure == "raw" else divergence.entry
+        s = self._close(student.gather(-1, ids), counts, is_teacher=False)
+        t = self._close(teacher.gather(-1, ids), counts, is_teacher=True)
+        integrand = divergence.raw if self.closure in ("raw", "renormalize_teacher") else divergence.entry
         value = integrand(s, t).sum(-1)
-        return Scores(direct=value, reward=None, cost=value.detach())
+        if self.closure != "sampled_tail":
+            return Scores(direct=value, reward=None, cost=value.detach())
+        inside = ((ids == tokens[:, None]) & counts).any(-1)
+        on_token = lp.gather(student.detach(), tokens), lp.gather(teacher, tokens)
+        return Scores(value, divergence.advantage(*on_token).masked_fill(inside, 0.0), divergence.value(*on_token))
 
 
 class SampledToken(Support):

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opd_lightning.objectives.divergences import ForwardKL, GeneralizedJSD
+from opd_lightning.objectives.corrections import NoCorrection, TokenRatio
+from opd_lightning.objectives.credits import GAE
+from opd_lightning.objectives.divergences import ForwardKL, GeneralizedJSD, ReverseKL
 from opd_lightning.objectives.reductions import SequenceMean, TokenMean
 from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
+from opd_lightning.objectives.targets import TeacherLaw
 
 if TYPE_CHECKING:
     from opd_lightning.objectives.objective import Objective
@@ -47,48 +50,101 @@ class DeclaredTarget:
 
 def defect_of(objective: Objective) -> tuple[str, str] | None:
     """(defect, remedy) of a combination that must not be trained with, or None."""
+    for check in (_defect_of_topk, _defect_of_text, _defect_of_sampling, _defect_of_idle_axis):
+        if (found := check(objective)) is not None:
+            return found
+    return None
+
+
+def _defect_of_topk(objective: Objective) -> tuple[str, str] | None:
+    divergence, support = objective.divergence, objective.support
+    if not isinstance(support, TopK):
+        return None
+    if support.closure == "renormalize" and support.k == 1 and support.by != "union":
+        return (
+            "renormalised on one entry, student and teacher are both 1 there: loss and gradient are exactly 0",
+            "support.k: 16, or support.closure: tail",
+        )
+    if support.closure == "renormalize_teacher" and not isinstance(divergence, ForwardKL):
+        return (
+            "a teacher renormalised on its top-k is 0 elsewhere, where every divergence but the forward KL is infinite or "
+            "made of the cut alone",
+            "divergence: ForwardKL, or support.closure: tail",
+        )
+    if support.closure != "raw":
+        return None
+    if isinstance(divergence, GeneralizedJSD):
+        return "for a JSD the raw closure is the stop_gradient closure under another name", "closure: stop_gradient"
+    if isinstance(divergence, ForwardKL):
+        return (
+            "a truncated forward KL pulls all mass onto the support, also where student and teacher agree",
+            "support.closure: tail (or renormalize, stop_gradient)",
+        )
+    return (
+        "a truncated reverse KL descends the student's own mass on the support (its optimum is p = q / e there), "
+        "also where student and teacher agree",
+        "support.closure: tail (or renormalize, stop_gradient)",
+    )
+
+
+def _defect_of_text(objective: Objective) -> tuple[str, str] | None:
+    if not isinstance(objective.support, WrittenToken):
+        return None
+    if not isinstance(objective.divergence, ForwardKL):
+        return (
+            f"a written token always descends the likelihood of the text, not a {objective.divergence.title}",
+            "divergence: ForwardKL",
+        )
+    if objective.credit.gamma > 0.0:
+        return "a written text is not moved by the student: no token answers for later ones", "credit: Immediate"
+    if not isinstance(objective.target, TeacherLaw):
+        return "a written token is its own target; no law is compared with it", "target: TeacherLaw"
+    if any(gate.needs_teacher for gate in objective.gates):
+        return "a written token has no teacher's law that a gate could look at", "gates: [] (or gates of position)"
+    return None
+
+
+def _defect_of_sampling(objective: Objective) -> tuple[str, str] | None:
+    """Combinations of sampled tokens that are unbounded or biased by themselves."""
     divergence, support, credit = objective.divergence, objective.support, objective.credit
-    if isinstance(support, TopK):
-        if support.closure == "renormalize" and support.k == 1 and support.by != "union":
-            return (
-                "renormalised on one entry, student and teacher are both 1 there: loss and gradient are exactly 0",
-                "support.k: 16, or support.closure: tail",
-            )
-        if support.closure == "raw" and isinstance(divergence, GeneralizedJSD):
-            return "for a JSD the raw closure is the stop_gradient closure under another name", "closure: stop_gradient"
-        if support.closure == "raw" and isinstance(divergence, ForwardKL):
-            return (
-                "a truncated forward KL pulls all mass onto the support, also where student and teacher agree",
-                "support.closure: tail (or renormalize, stop_gradient)",
-            )
-        if support.closure == "raw":
-            return (
-                "a truncated reverse KL descends the student's own mass on the support (its optimum is p = q / e there), "
-                "also where student and teacher agree",
-                "support.closure: tail (or renormalize, stop_gradient)",
-            )
-    if isinstance(support, SampledToken) and divergence.heavy_tailed:
+    if support.sampled and divergence.heavy_tailed:
         return (
             f"the {divergence.title} on a token that the student sampled is an importance weight q / p: its variance has "
             "no bound",
             "support: FullVocab, or support: {class_path: TopK, init_args: {k: 16, by: teacher}}",
         )
-    if isinstance(support, WrittenToken):
-        if not isinstance(divergence, ForwardKL):
-            return (
-                f"a written token always descends the likelihood of the text, not a {divergence.title}",
-                "divergence: ForwardKL",
-            )
-        if credit.gamma > 0.0:
-            return "a written text is not moved by the student: no token answers for later ones", "credit: Immediate"
-    if objective.baseline.present and not support.sampled:
-        return "a baseline only acts on sampled tokens; exact sums have no sampling noise", "baseline: NoBaseline"
+    if isinstance(credit, GAE) and objective.baseline.present:
+        return "GAE subtracts its own value; a second baseline would count the state twice", "baseline: NoBaseline"
     if objective.baseline.present and isinstance(objective.reduction, SequenceMean):
         return (
             "with the sequence mean a token's weight 1 / length depends on what was sampled, so a baseline changes the "
             "expected gradient",
             "reduction: TokenMean, or baseline: NoBaseline",
         )
+    if objective.route.title and not isinstance(divergence, ReverseKL):
+        return f"routes are derived for the reverse KL, not for the {divergence.title}", "divergence: ReverseKL"
+    if objective.route.title and not (objective.baseline.present or isinstance(credit, GAE)):
+        return (
+            "without a baseline a negative signal only says that the student likes a token more than the teacher does, not "
+            "that less of it helps: about one routed step in ten then raises the divergence",
+            "baseline: ClosedFormBaseline",
+        )
+    return None
+
+
+def _defect_of_idle_axis(objective: Objective) -> tuple[str, str] | None:
+    """Choices that would silently do nothing."""
+    on_token = isinstance(objective.support, SampledToken)
+    for used, what, line in (
+        (objective.baseline.present, "a baseline", "baseline: NoBaseline"),
+        (bool(objective.shaper.title), "a shaper", "shaper: NoShape"),
+        (bool(objective.route.title), "a route", "route: Vanilla"),
+        (isinstance(objective.credit, GAE), "GAE", "credit: ReturnToGo"),
+    ):
+        if used and not on_token:
+            return f"{what} only acts on sampled tokens; exact sums have no sampling noise", line
+    if not isinstance(objective.correction, TokenRatio) and not objective.needs_sampler:
+        return "a correction weighs sampled tokens, and this objective has none", "correction: TokenRatio"
     return None
 
 
@@ -100,47 +156,54 @@ def _biases(objective: Objective) -> tuple[str, ...]:
             {
                 "tail": "a lower bound of the full divergence, off by at most what the tail hides (tail mass)",
                 "renormalize": "blind to how much mass lies outside the support",
+                "renormalize_teacher": "pulls all mass onto the support",
                 "stop_gradient": "what lies outside the support is not compared",
+                "sampled_tail": "",
                 "raw": "descends the student's mass on the support",
             }[support.closure]
         )
-    if 0.0 < credit.gamma < 1.0:
-        out.append("neither the token-level nor the sequence-level gradient, nor that of any scalar")
+    out.append(credit.bias)
     if isinstance(reduction, SequenceMean) and (support.sampled or not support.needs_teacher or credit.gamma > 0.0):
         out.append("the weight 1 / length depends on the drawn tokens where completions can end early")
     if isinstance(reduction, TokenMean):
         out.append("divided by the sampled number of tokens (a ratio estimate, bias of order 1 / batch)")
-    return tuple(out)
+    if objective.shaper.title:
+        out.append("the signal is bent: the same fixed point, not the gradient of the divergence")
+    out.append(objective.route.bias)
+    if objective.gates and all(gate.depends_on == "state" for gate in objective.gates) and credit.gamma == 0.0:
+        out.append("states weigh as the gates say")
+    elif objective.gates:
+        out.append("gates look at drawn tokens: not the gradient of a weighted divergence, though 0 where both models agree")
+    return tuple(bias for bias in out if bias)
 
 
 def declare(objective: Objective) -> DeclaredTarget:
     """Name the gradient of a composition."""
-    divergence, support, credit = objective.divergence, objective.support, objective.credit
-    title = divergence.title
+    support, credit = objective.support, objective.credit
+    title = objective.divergence.title
+    if objective.target.title:
+        title += f" to {objective.target.title}"
     if isinstance(support, TopK):
         title = {
             "tail": f"{title} of the top-k-plus-tail coarsening",
             "renormalize": f"{title} of both laws renormalised on the top-k",
+            "renormalize_teacher": f"{title} from the teacher renormalised on the top-k",
             "stop_gradient": f"generalised {title} on the top-k",
+            "sampled_tail": title,
             "raw": f"truncated {title}",
         }[support.closure]
-    if isinstance(support, WrittenToken):
-        name = f"{title} from the writer of the text"
-    elif credit.gamma == 0.0:
-        name = f"token-level {title}"
-    elif credit.gamma == 1.0:
-        name = f"sequence-level {title}"
-    else:
-        name = f"discounted {title} (gamma={credit.gamma:g})"
-    parts = [support.title, f"{credit.title} credit", objective.reduction.title]
-    if objective.baseline.present:
-        parts.append("closed-form baseline")
+    name = f"{title} from the writer of the text" if isinstance(support, WrittenToken) else f"{credit.level} {title}"
+    parts = [support.title, f"{credit.title} credit", objective.baseline.title, objective.shaper.title]
+    parts += [gate.title for gate in objective.gates]
+    parts += [objective.route.title, objective.reduction.title]
+    if objective.needs_sampler and not isinstance(objective.correction, TokenRatio):
+        parts.append(objective.correction.title)
     if objective.temperature != 1.0:
         parts.append(f"both laws at temperature {objective.temperature:g}")
     problem = defect_of(objective)
     return DeclaredTarget(
         name="none" if problem else name,
-        parts=tuple(parts),
+        parts=tuple(part for part in parts if part),
         biases=_biases(objective),
         defect=problem[0] if problem else None,
         remedy=problem[1] if problem else None,
@@ -174,6 +237,17 @@ def refuse_unfit_source(objective: Objective, *, student_writes: bool, others_wr
     """
     if objective.allow_degenerate:
         return
+    for part, rows in objective.flat():
+        own, foreign = student_writes and rows != "others", others_write and rows != "student"
+        if not own and not foreign:
+            raise DegenerateObjective(
+                f"a term learns from {'the student' if rows == 'student' else 'other writers'} alone, who write nothing here.\n"
+                "  Write instead: rollout.source: MixtureSource, or leave the term out"
+            )
+        _refuse_unfit_source(part, own, foreign, steps_per_refresh)
+
+
+def _refuse_unfit_source(objective: Objective, student_writes: bool, others_write: bool, steps_per_refresh: int) -> None:
     support, gamma = objective.support, objective.credit.gamma
     if isinstance(support, WrittenToken) and student_writes:
         raise DegenerateObjective(
@@ -186,9 +260,15 @@ def refuse_unfit_source(objective: Objective, *, student_writes: bool, others_wr
             "hands out completions that the student did not write.\n"
             "  Write instead: rollout.source: StudentSource, or credit: Immediate"
         )
-    if gamma > 0.0 and steps_per_refresh > 1:
+    if gamma > 0.0 and steps_per_refresh > 1 and isinstance(objective.correction, TokenRatio):
         raise DegenerateObjective(
             f"credit {objective.credit.title} needs completions of the current student, but a refresh serves "
             f"{steps_per_refresh} optimizer steps.\n"
-            "  Write instead: rollout.every_n_steps: 1 and rollout.passes: 1, or credit: Immediate"
+            "  Write instead: rollout.every_n_steps: 1 and rollout.passes: 1, or credit: Immediate, or name a correction: "
+            "PrefixProduct (exact, noisy), PPOClip, TruncatedRatio"
+        )
+    if objective.needs_sampler and steps_per_refresh > 1 and isinstance(objective.correction, NoCorrection):
+        raise DegenerateObjective(
+            f"NoCorrection takes every token for the student's own, but a refresh serves {steps_per_refresh} optimizer steps.\n"
+            "  Write instead: correction: TokenRatio (or PPOClip, TruncatedRatio), or rollout.every_n_steps: 1"
         )

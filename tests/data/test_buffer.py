@@ -15,7 +15,7 @@ def filled(plan: Plan, refresh: int) -> RolloutBuffer:
         rows = plan.local_rows(number)
         prompts = [Prompt(index=row, text="", ids=(1,), row=row) for row in rows]
         written = [Completion((5,) * (1 + row * 7 % 5), (-1.0,) * (1 + row * 7 % 5), True, number) for row in rows]
-        buffer.put(number, Rollout.of(prompts, written, 0), [float(c + 1) for c in range(plan.chunks)])
+        buffer.put(number, Rollout.of(prompts, written, 0), [(float(c + 1),) for c in range(plan.chunks)])
 
     buffer.refill = refill
     return buffer
@@ -67,7 +67,7 @@ def test_micro_batches_carry_their_steps_scale_and_are_cut_to_length() -> None:
     plan = Plan(batch_size=4, micro_batch_size=2, steps=2, passes=1, rank=0, world=1)
     batches = iter(filled(plan, 0))
     first, second, third = (next(batches) for _ in range(3))
-    assert (first.scale, second.scale, third.scale) == (1.0, 1.0, 2.0)
+    assert (first.scale, second.scale, third.scale) == ((1.0,), (1.0,), (2.0,))
     for batch in (first, second):
         assert batch.text.ids.shape[1] == int(batch.text.lengths.max())
     assert int(first.text.lengths.max()) <= int(second.text.lengths.min())  # short rows together

@@ -154,7 +154,7 @@ def test_reductions_by_hand() -> None:
 def test_a_scale_takes_the_place_of_the_batchs_own_denominator() -> None:
     rollout, student, teacher = batch([1, 3, 8])
     plain = Objective(ReverseKL())(Laws(student), Laws(teacher), rollout).loss
-    scaled = Objective(ReverseKL())(Laws(student), Laws(teacher), replace(rollout, scale=0.5)).loss
+    scaled = Objective(ReverseKL())(Laws(student), Laws(teacher), replace(rollout, scale=(0.5,))).loss
     torch.testing.assert_close(scaled, plain * 12 * 0.5)
 
 

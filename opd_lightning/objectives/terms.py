@@ -1,0 +1,146 @@
+"""Several objectives at once: on-policy and off-policy, distillation and likelihood, a leash to a reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from opd_lightning.configurable import Configurable
+from opd_lightning.objectives.objective import Extras, Objective
+from opd_lightning.objectives.validate import DeclaredTarget
+from opd_lightning.types import NOT_A_STUDENT, ObjectiveOutput, Rollout, TokenLaws
+
+__all__ = ["Term", "Terms"]
+
+Rows = Literal["all", "student", "others"]
+
+
+class Term(Configurable):
+    """One objective among several.
+
+    Args:
+        objective: what it descends.
+        weight: factor at the first step; at least 0.
+        final_weight: factor at the last step, reached linearly; null keeps ``weight``.
+        rows: on whose completions: ``all``, the ``student``'s, or ``others``' (teacher, data set). Rows that it leaves out
+            do not count in its denominator.
+
+    Raises:
+        ValueError: for negative weights or unknown rows.
+    """
+
+    def __init__(
+        self, objective: Objective, weight: float = 1.0, final_weight: float | None = None, rows: Rows = "all"
+    ) -> None:
+        last = weight if final_weight is None else final_weight
+        if weight < 0.0 or last < 0.0 or weight + last == 0.0:
+            raise ValueError(f"Term(weight={weight}, final_weight={final_weight}): at least 0, and not both 0")
+        if rows not in get_args(Rows):
+            raise ValueError(f"Term(rows={rows!r}): allowed are {', '.join(get_args(Rows))}")
+        self.objective, self.weight, self.final_weight, self.rows = objective, weight, last, rows
+
+    def weight_at(self, progress: float) -> float:
+        return self.weight + (self.final_weight - self.weight) * progress
+
+    def selected(self, rollout: Rollout) -> Tensor | None:
+        """(B,) rows that it learns from; None for all."""
+        if self.rows == "all":
+            return None
+        own = rollout.policy_step != NOT_A_STUDENT
+        return own if self.rows == "student" else ~own
+
+
+class Terms(Objective):
+    """A weighted sum of objectives, each with its own rows and its own denominator.
+
+    Statistics and logged divergences are those of the rollouts as a whole.
+
+    Args:
+        terms: at least one.
+        allow_degenerate: train a combination that is refused for a defect, to study it.
+
+    Raises:
+        ValueError: for an empty list.
+    """
+
+    def __init__(self, terms: list[Term], allow_degenerate: bool = False) -> None:
+        if not terms or any(isinstance(t.objective, Terms) for t in terms):
+            raise ValueError("Terms(terms=...): give at least one term, and no Terms inside Terms")
+        self.terms, self.allow_degenerate = terms, allow_degenerate
+        first = terms[0].objective
+        self.temperature, self.reduction, self.support, self.credit = (
+            first.temperature,
+            first.reduction,
+            first.support,
+            first.credit,
+        )
+
+    def flat(self) -> list[tuple[Objective, str]]:
+        return [(t.objective, t.rows) for t in self.terms]
+
+    @cached_property
+    def declared_target(self) -> DeclaredTarget:
+        targets = [t.objective.declared_target for t in self.terms]
+        return DeclaredTarget(
+            name=" + ".join(f"{_factor(t)}{d.name}{_rows(t)}" for t, d in zip(self.terms, targets, strict=True)),
+            parts=tuple(dict.fromkeys(p for d in targets for p in d.parts)),
+            biases=tuple(dict.fromkeys(b for d in targets for b in d.biases)),
+            defect=next((d.defect for d in targets if d.defect), None),
+            remedy=next((d.remedy for d in targets if d.remedy), None),
+        )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(t.objective.needs_teacher for t in self.terms)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(t.objective.needs_reference for t in self.terms)
+
+    @property
+    def needs_critic(self) -> bool:
+        return any(t.objective.needs_critic for t in self.terms)
+
+    @property
+    def needs_sampler(self) -> bool:
+        return any(t.objective.needs_sampler for t in self.terms)
+
+    def denominators(self, rollout: Rollout) -> list[float]:
+        masks = [rollout.mask if (rows := t.selected(rollout)) is None else rollout.mask & rows[:, None] for t in self.terms]
+        return [t.objective.reduction.denominator(mask) for t, mask in zip(self.terms, masks, strict=True)]
+
+    def __call__(
+        self,
+        student: TokenLaws,
+        teacher: TokenLaws | None,
+        rollout: Rollout,
+        agreement_k: int = 0,
+        extras: Extras = Extras(),
+        rows: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        outputs = []
+        for i, term in enumerate(self.terms):
+            own = replace(rollout, scale=rollout.scale[i : i + 1])
+            theirs = teacher if term.objective.needs_teacher else None
+            k = agreement_k if i == 0 else 0
+            outputs.append(term.objective(student, theirs, own, k, extras, term.selected(rollout)))
+        weighted = [(t.weight_at(extras.progress), o) for t, o in zip(self.terms, outputs, strict=True)]
+        return ObjectiveOutput(
+            loss=torch.stack([w * o.loss for w, o in weighted]).sum(),
+            token_loss=torch.stack([w * o.token_loss for w, o in weighted]).sum(0),
+            stats=max(outputs, key=lambda o: len(o.stats.values)).stats,
+        )
+
+
+def _factor(term: Term) -> str:
+    if term.weight == term.final_weight:
+        return "" if term.weight == 1.0 else f"{term.weight:g} x "
+    return f"({term.weight:g} to {term.final_weight:g}) x "
+
+
+def _rows(term: Term) -> str:
+    return {"all": "", "student": " on the student's text", "others": " on other text"}[term.rows]
