@@ -24,7 +24,7 @@ from opd_lightning.configurable import to_plain
 from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, prove_head
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
-from opd_lightning.models.teachers import Teacher
+from opd_lightning.models.teachers import AdapterOffTeacher, StartTeacher, Teacher
 from opd_lightning.models.vocabulary import Vocabulary, extra_eos, prove_rows, prove_same_tokens
 from opd_lightning.objectives import Extras, Objective
 from opd_lightning.samplers import NativeSampler
@@ -61,7 +61,8 @@ class OPDModule(pl.LightningModule):
         objective: what is descended.
         optimizer: called with all parameters; frozen ones never get a state. null is AdamW with a learning rate of 1e-4.
         scheduler: called with the optimizer, stepped after every optimizer step; null keeps the learning rate.
-        reference: a third, frozen model, for objectives that extrapolate from it or stay near it.
+        reference: a third, frozen model, for objectives that extrapolate from it or stay near it; null is the student as it
+            was before the first step. It is loaded only where an objective needs it.
     """
 
     def __init__(
@@ -78,13 +79,10 @@ class OPDModule(pl.LightningModule):
             student=student, teacher=teacher, objective=objective, optimizer=optimizer, scheduler=scheduler, reference=reference
         )
         teacher.check(student)
-        if objective.needs_reference and (reference is None or not reference.answers):
-            raise ValueError(
-                f"the objective ({objective.declared_target.name}) needs a third model: set model.reference, e.g. to "
-                "{class_path: FrozenTeacher, init_args: {path: <where the student started>}}, or to AdapterOffTeacher"
-            )
-        if reference is not None:
-            reference.check(student)
+        reference = reference or (AdapterOffTeacher() if student.lora else StartTeacher())
+        reference.check(student)
+        if objective.needs_reference and not reference.answers:
+            raise ValueError(f"model.reference {reference!r} has no network, but the objective needs its law")
         if objective.needs_teacher and not teacher.answers:
             raise ValueError(f"{teacher!r} has no network, but the objective compares with one: use `support: WrittenToken`")
         self.recipe, self.teacher, self.objective, self.reference = student, teacher, objective, reference
@@ -141,7 +139,7 @@ class OPDModule(pl.LightningModule):
         self._trained_names = {f"student.{n}" for n, p in student.named_parameters() if p.requires_grad}
         if not self._trained_names:
             raise ValueError("no parameter of the student is trainable")
-        if self.objective.needs_critic:
+        if any(o.needs_critic for o in self._objectives):
             self.critic = self._new_critic()
             self._trained_names |= {"critic.weight", "critic.bias"}
         if self.device_mesh is not None:  # only the FSDP2 strategy sets it
@@ -155,8 +153,12 @@ class OPDModule(pl.LightningModule):
     @property
     def _frozen(self) -> dict[str, Teacher]:
         """The models that are asked; a reference that no objective needs is not even loaded."""
-        third = self.reference if self.objective.needs_reference else None
-        return {"teacher": self.teacher} | ({"reference": third} if third is not None else {})
+        needed = any(o.needs_reference for o in self._objectives)
+        return {"teacher": self.teacher} | ({"reference": self.reference} if needed else {})
+
+    @property
+    def _objectives(self) -> list[Objective]:
+        return [self.objective, *(phase.objective for phase in self.phases)]
 
     def _own_models(self) -> list[nn.Module]:
         return [own for model in self._frozen.values() if (own := model.own_model()) is not None]
@@ -217,7 +219,7 @@ class OPDModule(pl.LightningModule):
         def compare() -> ObjectiveOutput:
             ours = laws_of(self._student, rollout.text, self.vocabulary.size)
             theirs = self._ask(self.teacher, rollout.for_teacher) if objective.needs_teacher else None
-            third = self._ask(self.reference, rollout.text) if objective.needs_reference and self.reference else None
+            third = self._ask(self.reference, rollout.text) if objective.needs_reference else None
             values = None
             if self.critic is not None and objective.needs_critic:
                 values = self.critic(ours.hidden.detach().to(self.critic.weight.dtype)).squeeze(-1)

@@ -2,13 +2,14 @@
 
 from opd_lightning.models.lora import LoRA
 from opd_lightning.models.students import Student
-from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, Teacher, TextTeacher
+from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, StartTeacher, Teacher, TextTeacher
 from opd_lightning.models.tiny import NewStudent
 from opd_lightning.models.vocabulary import Vocabulary, VocabularyMismatch
 
 __all__ = [
     "AdapterOffTeacher",
     "FrozenTeacher",
+    "StartTeacher",
     "LoRA",
     "NewStudent",
     "Student",

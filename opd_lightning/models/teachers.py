@@ -6,6 +6,7 @@ buckets, and `train()` never reaches it.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from opd_lightning.models.loading import DTYPES, load_config, load_model, load_t
 from opd_lightning.models.students import Student
 from opd_lightning.types import Rendering
 
-__all__ = ["AdapterOffTeacher", "FrozenTeacher", "Teacher", "TextTeacher"]
+__all__ = ["AdapterOffTeacher", "FrozenTeacher", "StartTeacher", "Teacher", "TextTeacher"]
 
 
 class Teacher(Configurable, ABC):
@@ -106,6 +107,25 @@ class FrozenTeacher(Teacher):
     def speaking(self, student: nn.Module) -> Iterator[nn.Module]:
         if self.model is None:
             raise RuntimeError("the teacher was not built: OPDModule.configure_model builds it")
+        yield self.model
+
+
+class StartTeacher(Teacher):
+    """The student as it was before the first step: a frozen copy of its initial weights. A resumed run has the same one."""
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+
+    def build(self, student: nn.Module) -> None:
+        if self.model is None:
+            self.model = copy.deepcopy(student).eval().requires_grad_(False)
+
+    def own_model(self) -> nn.Module | None:
+        return self.model
+
+    @contextmanager
+    def speaking(self, student: nn.Module) -> Iterator[nn.Module]:
+        assert self.model is not None, "OPDModule.configure_model builds it"
         yield self.model
 
 
