@@ -9,13 +9,32 @@ from opd_lightning.objectives.credits import (
     NoBaseline,
     ReturnToGo,
 )
-from opd_lightning.objectives.divergences import Divergence, ForwardKL, GeneralizedJSD, ReverseKL
+from opd_lightning.objectives.divergences import (
+    AdaptiveKL,
+    Amari,
+    Divergence,
+    ForwardKL,
+    GeneralizedJSD,
+    Hellinger,
+    Inseparable,
+    Jeffreys,
+    NeymanChi2,
+    PearsonChi2,
+    Renyi,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    ToDi,
+    TotalVariation,
+)
 from opd_lightning.objectives.objective import Objective
 from opd_lightning.objectives.reductions import Constant, Reduction, SequenceMean, TokenMean
 from opd_lightning.objectives.supports import FullVocab, SampledToken, Support, TopK, WrittenToken
 from opd_lightning.objectives.validate import DeclaredTarget, DegenerateObjective
 
 __all__ = [
+    "AdaptiveKL",
+    "Amari",
     "Baseline",
     "ClosedFormBaseline",
     "Constant",
@@ -27,16 +46,26 @@ __all__ = [
     "ForwardKL",
     "FullVocab",
     "GeneralizedJSD",
+    "Hellinger",
     "Immediate",
+    "Inseparable",
+    "Jeffreys",
+    "NeymanChi2",
     "NoBaseline",
     "Objective",
+    "PearsonChi2",
     "Reduction",
+    "Renyi",
     "ReturnToGo",
     "ReverseKL",
     "SampledToken",
     "SequenceMean",
+    "SkewForwardKL",
+    "SkewReverseKL",
     "Support",
+    "ToDi",
     "TokenMean",
     "TopK",
+    "TotalVariation",
     "WrittenToken",
 ]

@@ -91,7 +91,7 @@ class FullVocab(Support):
         tokens: Int[Tensor, " N"],
     ) -> Scores:
         assert teacher is not None
-        value = divergence.entry(student, teacher).sum(-1)
+        value = divergence.total(student, teacher)
         return Scores(direct=value, reward=None, cost=value.detach())
 
 
@@ -155,8 +155,12 @@ class TopK(Support):
         assert teacher is not None
         ids, counts = self._ids(student, teacher)
         s, t = (self._close(law.gather(-1, ids), counts) for law in (student, teacher))
-        integrand = divergence.raw if self.closure == "raw" else divergence.entry
-        value = integrand(s, t).sum(-1)
+        if self.closure == "raw":
+            value = divergence.raw(s, t).sum(-1)
+        elif self.closure == "stop_gradient":
+            value = divergence.entry(s, t).sum(-1)
+        else:  # two laws of mass 1
+            value = divergence.total(s, t)
         return Scores(direct=value, reward=None, cost=value.detach())
 
 

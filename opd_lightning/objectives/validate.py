@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opd_lightning.objectives.divergences import ForwardKL, GeneralizedJSD
+from opd_lightning.objectives.divergences import Divergence, ForwardKL, ReverseKL
 from opd_lightning.objectives.reductions import SequenceMean, TokenMean
 from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
 
@@ -54,19 +54,18 @@ def defect_of(objective: Objective) -> tuple[str, str] | None:
                 "renormalised on one entry, student and teacher are both 1 there: loss and gradient are exactly 0",
                 "support.k: 16, or support.closure: tail",
             )
-        if support.closure == "raw" and isinstance(divergence, GeneralizedJSD):
-            return "for a JSD the raw closure is the stop_gradient closure under another name", "closure: stop_gradient"
-        if support.closure == "raw" and isinstance(divergence, ForwardKL):
+        if support.closure in ("raw", "stop_gradient") and not divergence.separable:
             return (
-                "a truncated forward KL pulls all mass onto the support, also where student and teacher agree",
-                "support.closure: tail (or renormalize, stop_gradient)",
+                f"the {divergence.title} is not a sum over entries: no part of a law alone has one",
+                "support.closure: tail (or renormalize)",
             )
         if support.closure == "raw":
-            return (
-                "a truncated reverse KL descends the student's own mass on the support (its optimum is p = q / e there), "
-                "also where student and teacher agree",
-                "support.closure: tail (or renormalize, stop_gradient)",
-            )
+            return _truncation_defect(divergence), "support.closure: tail (or renormalize, stop_gradient)"
+    if isinstance(support, SampledToken) and not divergence.separable:
+        return (
+            f"the {divergence.title} couples all entries: a single token has no advantage",
+            "support: FullVocab, or support: {class_path: TopK, init_args: {k: 16, closure: tail}}",
+        )
     if isinstance(support, SampledToken) and divergence.heavy_tailed:
         return (
             f"the {divergence.title} on a token that the student sampled is an importance weight q / p: its variance has "
@@ -92,9 +91,24 @@ def defect_of(objective: Objective) -> tuple[str, str] | None:
     return None
 
 
+def _truncation_defect(divergence: Divergence) -> str:
+    """What a sum of textbook entries over a part of the vocabulary descends besides the divergence."""
+    if divergence.slope == 0.0:
+        return f"for a {divergence.title} the raw closure is the stop_gradient closure under another name"
+    if divergence.slope > 0.0:
+        return f"a truncated {divergence.title} pulls all mass onto the support, also where student and teacher agree"
+    optimum = " (its optimum is p = q / e there)" if isinstance(divergence, ReverseKL) else ""
+    return (
+        f"a truncated {divergence.title} descends the student's own mass on the support{optimum}, also where student and "
+        "teacher agree"
+    )
+
+
 def _biases(objective: Objective) -> tuple[str, ...]:
     support, credit, reduction = objective.support, objective.credit, objective.reduction
     out = []
+    if objective.divergence.frozen:
+        out.append("a part of the divergence is held fixed, so the gradient is not that of its value")
     if isinstance(support, TopK):
         out.append(
             {
