@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from itertools import product
 
 import pytest
 import torch
 
+from opd_lightning import objectives
 from opd_lightning.inspect.oracle import Path, TabularWorld, forward_kl, reverse_kl
+from opd_lightning.inspect.textbook import state_divergence
 from opd_lightning.objectives import (
+    AdaptiveKL,
+    Amari,
     ClosedFormBaseline,
     Constant,
     DegenerateObjective,
     Discounted,
+    Divergence,
     ForwardKL,
     FullVocab,
     GeneralizedJSD,
+    Hellinger,
     Immediate,
+    Jeffreys,
+    NeymanChi2,
     NoBaseline,
     Objective,
+    PearsonChi2,
+    Renyi,
     ReturnToGo,
     ReverseKL,
     SampledToken,
     SequenceMean,
+    SkewForwardKL,
+    SkewReverseKL,
+    ToDi,
     TokenMean,
     TopK,
+    TotalVariation,
     WrittenToken,
 )
 
 DIVERGENCES = [ReverseKL(), ForwardKL(), GeneralizedJSD(0.3), GeneralizedJSD(0.8, "curvature")]
+FURTHER = [
+    SkewForwardKL(0.1),
+    SkewForwardKL(0.4, "curvature"),
+    SkewReverseKL(0.1),
+    SkewReverseKL(0.4, "curvature", detach_mixture=True),
+    TotalVariation(),
+    Hellinger(),
+    PearsonChi2(),
+    NeymanChi2(),
+    Amari(0.3),
+    Amari(0.8),
+    Renyi(0.3, "curvature"),
+    Renyi(2.0),
+    Jeffreys(),
+    AdaptiveKL(),
+    ToDi(),
+]
 TOPKS = [
     TopK(k, by, closure)
     for k in (1, 2, 3)
@@ -36,6 +69,15 @@ TOPKS = [
     for closure in ("tail", "renormalize", "stop_gradient", "raw")
 ]
 SUPPORTS = [FullVocab(), SampledToken(), WrittenToken(), *TOPKS]
+FEWER = [  # every closure and every chooser once: what they do does not depend on the divergence
+    *SUPPORTS[:3],
+    TopK(2, "student", "tail"),
+    TopK(2, "teacher", "stop_gradient"),
+    TopK(2, "union", "renormalize"),
+    TopK(2, "intersection", "tail"),
+    TopK(1, "student", "renormalize"),
+    TopK(2, "teacher", "raw"),
+]
 CREDITS = [Immediate(), Discounted(0.4), ReturnToGo()]
 BASELINES = [NoBaseline(), ClosedFormBaseline()]
 REDUCTIONS = [TokenMean(), SequenceMean(), Constant(2.0)]
@@ -73,6 +115,45 @@ def test_every_accepted_combination_follows_what_it_declares(world: str, support
         support.closure == "raw" or (support.closure == "renormalize" and support.k == 1 and support.by != "union")
     )
     assert (total == 0) == refused_for_all
+
+
+def test_all_divergences_of_the_package_are_here() -> None:
+    concrete = {c for n in objectives.__all__ if _is_divergence(c := getattr(objectives, n))}
+    assert {type(d) for d in DIVERGENCES + FURTHER} == concrete
+
+
+def _is_divergence(c: object) -> bool:
+    return isinstance(c, type) and issubclass(c, Divergence) and not inspect.isabstract(c)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("divergence", FURTHER, ids=repr)
+def test_every_accepted_combination_of_the_further_divergences(world: str, divergence: Divergence) -> None:
+    for support in FEWER:
+        count, worst = accepted(world, divergence, support)
+        assert worst < 1e-10, (support, worst)
+        if isinstance(support, SampledToken):
+            assert (count > 0) == (divergence.separable and not divergence.heavy_tailed)
+        elif isinstance(support, TopK) and support.closure == "stop_gradient":
+            assert (count > 0) == divergence.separable
+        else:
+            refused = isinstance(support, WrittenToken) or (
+                isinstance(support, TopK) and (support.k == 1 or support.closure == "raw")
+            )
+            assert (count == 0) == refused
+
+
+@pytest.mark.parametrize("support", [FullVocab(), SampledToken(), TopK(2, "teacher", "tail")], ids=repr)
+def test_a_temperature_divides_both_laws(support: object) -> None:
+    objective = Objective(Hellinger(), support, temperature=2.0)
+    found, declared = WORLDS["eos"].moments_of(objective).mean, WORLDS["eos"].declared_gradient(objective)
+    torch.testing.assert_close(found, declared, atol=1e-12, rtol=1e-9)
+    assert (declared - WORLDS["eos"].declared_gradient(Objective(Hellinger(), support))).abs().max() > 1e-3
+
+
+def test_what_is_held_fixed_is_declared() -> None:
+    for divergence in DIVERGENCES + FURTHER:
+        assert ("held fixed" in str(Objective(divergence).declared_target)) == divergence.frozen
 
 
 @pytest.mark.parametrize(
@@ -235,8 +316,8 @@ def test_one_renormalised_entry_has_no_gradient(divergence: object, by: str) -> 
 
 
 @pytest.mark.parametrize("by", ["student", "teacher", "union", "intersection"])
-@pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL()], ids=repr)
-def test_raw_top_k_moves_where_the_two_agree(divergence: object, by: str) -> None:
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES + FURTHER if d.separable and d.slope], ids=repr)
+def test_raw_top_k_moves_where_the_two_agree(divergence: Divergence, by: str) -> None:
     table = WORLDS["fixed"].student.detach()
     agreed = TabularWorld(table, table.clone(), horizon=2)
     found = agreed.moments_of(forced(divergence, TopK(2, by, "raw"))).mean
@@ -244,31 +325,43 @@ def test_raw_top_k_moves_where_the_two_agree(divergence: object, by: str) -> Non
     inside = torch.zeros_like(law).scatter(-1, law.topk(2).indices, 1.0)
     mass = (law * inside).sum(-1, keepdim=True)
     drained = agreed.visitation().detach()[:, None] * law * (inside - mass)  # gradient of the student's own mass on S
-    sign = 1.0 if isinstance(divergence, ReverseKL) else -1.0  # descent: reverse KL drains S, forward KL fills it
-    torch.testing.assert_close(found, sign * drained, atol=1e-12, rtol=1e-9)
+    slope = divergence.slope  # descent: a negative one (reverse KL) drains S, a positive one (forward KL) fills it
+    if divergence.frozen:  # a mixture that does not give way resists in full
+        slope = slope / (1.0 - divergence.alpha)
+    torch.testing.assert_close(found, -slope * drained, atol=1e-12, rtol=1e-9)
 
 
-def test_raw_jsd_is_the_stop_gradient_closure() -> None:
-    raw = WORLDS["eos"].moments_of(forced(GeneralizedJSD(0.3), TopK(2, "teacher", "raw"))).mean
-    named = WORLDS["eos"].moments_of(Objective(GeneralizedJSD(0.3), TopK(2, "teacher", "stop_gradient"))).mean
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES + FURTHER if d.separable and not d.slope], ids=repr)
+def test_without_a_slope_raw_is_the_stop_gradient_closure(divergence: Divergence) -> None:
+    raw = WORLDS["eos"].moments_of(forced(divergence, TopK(2, "teacher", "raw"))).mean
+    named = WORLDS["eos"].moments_of(Objective(divergence, TopK(2, "teacher", "stop_gradient"))).mean
     torch.testing.assert_close(raw, named, atol=1e-14, rtol=0.0)
 
 
-def test_sampled_forward_kl_has_no_bounded_variance() -> None:
-    """Unbiased, but the trace grows as 1 / p where the student hardly samples what the teacher wants."""
+@pytest.mark.parametrize("support", [TopK(2, closure="stop_gradient"), TopK(2, closure="raw"), SampledToken()], ids=repr)
+@pytest.mark.parametrize("divergence", [d for d in FURTHER if not d.separable], ids=repr)
+def test_what_couples_all_entries_is_undefined_on_some(divergence: Divergence, support: object) -> None:
+    with pytest.raises(TypeError, match="on whole laws"):
+        WORLDS["eos"].moments_of(forced(divergence, support))
 
-    def trace(p: float, divergence: object, force: bool) -> float:
+
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES + FURTHER if d.separable], ids=repr)
+def test_sampled_heavy_tails_have_no_bounded_variance(divergence: Divergence) -> None:
+    """Unbiased, but the trace grows without end where the student hardly samples what the teacher wants."""
+    traces = []
+    for p in (1e-2, 1e-4, 1e-6):
         world = TabularWorld.from_probabilities(torch.tensor([[1 - p, p]]), torch.tensor([[0.5, 0.5]]), horizon=1)
-        objective = forced(divergence, SampledToken()) if force else Objective(divergence, SampledToken())
-        if force:
-            mean = world.moments_of(objective).mean
-            torch.testing.assert_close(mean, world.gradient(forward_kl, 0.0), atol=1e-8, rtol=1e-6)
-        return world.moments_of(objective).trace
-
-    growth = [trace(p, ForwardKL(), True) for p in (1e-2, 1e-4, 1e-6)]
-    assert growth[1] / growth[0] > 90
-    assert growth[2] / growth[1] > 90
-    assert trace(1e-6, ReverseKL(), False) < 1.0
+        make = forced if divergence.heavy_tailed else Objective
+        objective = make(divergence, SampledToken())
+        found = world.moments_of(objective)
+        torch.testing.assert_close(found.mean, world.gradient(state_divergence(objective), 0.0), atol=1e-8, rtol=1e-6)
+        traces.append(found.trace)
+    growth = [after / before for before, after in itertools.pairwise(traces)]
+    if divergence.heavy_tailed:
+        assert min(growth) > (90 if isinstance(divergence, (ForwardKL, PearsonChi2)) else 2)
+    else:
+        assert growth[-1] < 1.2
+        assert traces[-1] < 1.0
 
 
 @pytest.mark.parametrize("support", [FullVocab(), TopK(2, "student", "tail")], ids=repr)
