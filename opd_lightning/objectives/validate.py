@@ -68,8 +68,8 @@ def defect_of(objective: Objective) -> tuple[str, str] | None:
         )
     if isinstance(support, SampledToken) and divergence.heavy_tailed:
         return (
-            f"the {divergence.title} on a token that the student sampled is an importance weight q / p: its variance has "
-            "no bound",
+            f"the {divergence.title} on a token that the student sampled grows with the importance weight q / p: its variance "
+            "has no bound",
             "support: FullVocab, or support: {class_path: TopK, init_args: {k: 16, by: teacher}}",
         )
     if isinstance(support, WrittenToken):

@@ -112,10 +112,17 @@ class _MixtureKL(Divergence):
         mixture = torch.logaddexp(teacher + math.log(self.shares[0]), student + math.log(self.shares[1]))
         return mixture.detach() if self.frozen else mixture
 
-    def entry(self, student: Float[Tensor, "*n K"], teacher: Float[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:
+    def raw(self, student: Float[Tensor, "*n K"], teacher: Float[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:
         mixture = self._mixture(student, teacher)
-        terms = [w * generalized_kl(law, mixture) for w, law in zip(self.weights, (teacher, student), strict=True) if w]
+        laws = zip(self.weights, (teacher, student), strict=True)
+        terms = [weight * law.exp() * (law - mixture) for weight, law in laws if weight]
         return self.factor * sum(terms[1:], terms[0])
+
+    def entry(self, student: Float[Tensor, "*n K"], teacher: Float[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:
+        if self.frozen:
+            return self.factor * generalized_kl(student, self._mixture(student, teacher))
+        raw = self.raw(student, teacher)
+        return raw - self.slope * (teacher.exp() - student.exp()) if self.slope else raw
 
     def advantage(self, student: Float[Tensor, "*n"], teacher: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         mixture, (c, rest), (a, b) = self._mixture(student, teacher), self.shares, self.weights
@@ -215,6 +222,3 @@ class SkewReverseKL(_MixtureKL):
         self.alpha, self.normalize = alpha, normalize
         title = f"skew reverse KL(alpha={alpha:g})" + (" with a fixed mixture" if detach_mixture else "")
         self._define(title, (1.0 - alpha, alpha), (0.0, 1.0), normalize, frozen=detach_mixture)
-
-    def raw(self, student: Float[Tensor, "*n K"], teacher: Float[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:
-        return self.factor * student.exp() * (student - self._mixture(student, teacher))  # also for a fixed mixture
