@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opd_lightning.inspect import textbook
 from opd_lightning.objectives import Objective, SequenceMean, WrittenToken
 from opd_lightning.types import NOT_A_STUDENT, Completion, Prompt, Rollout
 
@@ -242,19 +243,23 @@ class TabularWorld:
     def declared_gradient(self, objective: Objective, writer: Writer = "student") -> Tensor:
         """(S, V) gradient that ``objective.declared_target`` names, its declared biases included.
 
-        A sampled token is replaced by the full sum that it stands for; only where the declared bias is that a weight
+        It is computed from the formulas of `opd_lightning.inspect.textbook`, not with the objective's own code. A sampled
+        token is replaced by the full sum that it stands for; only where the declared bias is that a weight
         depends on the sampled tokens (1 / length) is the sum taken over completions.
         """
         if isinstance(objective.reduction, SequenceMean):
             return self._per_completion(objective, writer)
-        return self.gradient(_state_divergence(objective), objective.credit.gamma, writer)
+        return self.gradient(textbook.state_divergence(objective), objective.credit.gamma, writer)
 
     def _per_completion(self, objective: Objective, writer: Writer) -> Tensor:
         """Gradient of ``sum_y P(y) / |y| * sum_t [...]`` with P held fixed, the brackets in closed form."""
         student, teacher = self.laws()
         divergence, gamma = objective.divergence, objective.credit.gamma
-        at_state = _state_divergence(objective)(student, teacher)
-        advantage, sample_cost = (f(student, teacher).detach() for f in (divergence.advantage, divergence.value))
+        at_state = textbook.state_divergence(objective)(student, teacher)
+        advantage = sample_cost = torch.zeros_like(teacher)
+        if objective.support.sampled:
+            advantage = textbook.advantage(divergence, student.softmax(-1), teacher.softmax(-1))
+            sample_cost = divergence.value(student, teacher).detach()  # which f stands for the sampled cost is its choice
         total = student.new_zeros(())
         for path in self.paths:
             steps = list(zip(path.states, path.tokens, strict=True))
@@ -271,11 +276,3 @@ class TabularWorld:
             total = total + path.probability(writer) / len(steps) * inner
         (gradient,) = torch.autograd.grad(total, self.student)
         return gradient
-
-
-def _state_divergence(objective: Objective) -> StateDivergence:
-    """The divergence that an objective compares at one state, as a function of the two laws."""
-    if objective.support.sampled or isinstance(objective.support, WrittenToken):
-        return lambda student, teacher: objective.divergence.entry(student, teacher).sum(-1)
-    any_token = torch.zeros(1, dtype=torch.long)
-    return lambda student, teacher: objective.score(student, teacher, any_token.expand(len(student))).direct

@@ -292,7 +292,7 @@ class Objective(Configurable):
                 out["_reward"] = out["_reward"] - b
         exact = scores.direct if scores.direct is not None and not self.support.sampled else None
         if self.credit.analytic or isinstance(self.credit, GAE):
-            out["_state_cost"] = exact if exact is not None else self.divergence.entry(student, aim).sum(-1)
+            out["_state_cost"] = exact if exact is not None else self.divergence.total(student, aim)
         else:
             out["_state_cost"] = torch.zeros_like(out["_reward"])
         return out

@@ -91,7 +91,7 @@ class FullVocab(Support):
         tokens: Int[Tensor, " N"],
     ) -> Scores:
         assert teacher is not None
-        value = divergence.entry(student, teacher).sum(-1)
+        value = divergence.total(student, teacher)
         return Scores(direct=value, reward=None, cost=value.detach())
 
 
@@ -157,8 +157,12 @@ class TopK(Support):
         ids, counts = self._ids(student, teacher)
         s = self._close(student.gather(-1, ids), counts, is_teacher=False)
         t = self._close(teacher.gather(-1, ids), counts, is_teacher=True)
-        integrand = divergence.raw if self.closure in ("raw", "renormalize_teacher") else divergence.entry
-        value = integrand(s, t).sum(-1)
+        if self.closure in ("raw", "renormalize_teacher"):
+            value = divergence.raw(s, t).sum(-1)
+        elif self.closure in ("stop_gradient", "sampled_tail"):
+            value = divergence.entry(s, t).sum(-1)
+        else:  # two laws of mass 1
+            value = divergence.total(s, t)
         if self.closure != "sampled_tail":
             return Scores(direct=value, reward=None, cost=value.detach())
         inside = ((ids == tokens[:, None]) & counts).any(-1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from opd_lightning.objectives.corrections import NoCorrection, TokenRatio
 from opd_lightning.objectives.credits import GAE
-from opd_lightning.objectives.divergences import ForwardKL, GeneralizedJSD, ReverseKL
+from opd_lightning.objectives.divergences import Divergence, ForwardKL, ReverseKL
 from opd_lightning.objectives.reductions import SequenceMean, TokenMean
 from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
 from opd_lightning.objectives.targets import TeacherLaw
@@ -71,20 +71,14 @@ def _defect_of_topk(objective: Objective) -> tuple[str, str] | None:
             "made of the cut alone",
             "divergence: ForwardKL, or support.closure: tail",
         )
-    if support.closure != "raw":
-        return None
-    if isinstance(divergence, GeneralizedJSD):
-        return "for a JSD the raw closure is the stop_gradient closure under another name", "closure: stop_gradient"
-    if isinstance(divergence, ForwardKL):
+    if support.closure in ("raw", "stop_gradient", "sampled_tail") and not divergence.separable:
         return (
-            "a truncated forward KL pulls all mass onto the support, also where student and teacher agree",
-            "support.closure: tail (or renormalize, stop_gradient)",
+            f"the {divergence.title} is not a sum over entries: no part of a law alone has one",
+            "support.closure: tail (or renormalize)",
         )
-    return (
-        "a truncated reverse KL descends the student's own mass on the support (its optimum is p = q / e there), "
-        "also where student and teacher agree",
-        "support.closure: tail (or renormalize, stop_gradient)",
-    )
+    if support.closure == "raw":
+        return _truncation_defect(divergence), "support.closure: tail (or renormalize, stop_gradient)"
+    return None
 
 
 def _defect_of_text(objective: Objective) -> tuple[str, str] | None:
@@ -107,10 +101,15 @@ def _defect_of_text(objective: Objective) -> tuple[str, str] | None:
 def _defect_of_sampling(objective: Objective) -> tuple[str, str] | None:
     """Combinations of sampled tokens that are unbounded or biased by themselves."""
     divergence, support, credit = objective.divergence, objective.support, objective.credit
+    if support.sampled and not divergence.separable:
+        return (
+            f"the {divergence.title} couples all entries: a single token has no advantage",
+            "support: FullVocab, or support: {class_path: TopK, init_args: {k: 16, closure: tail}}",
+        )
     if support.sampled and divergence.heavy_tailed:
         return (
-            f"the {divergence.title} on a token that the student sampled is an importance weight q / p: its variance has "
-            "no bound",
+            f"the {divergence.title} on a token that the student sampled grows with the importance weight q / p: its variance "
+            "has no bound",
             "support: FullVocab, or support: {class_path: TopK, init_args: {k: 16, by: teacher}}",
         )
     if isinstance(credit, GAE) and objective.baseline.present:
@@ -148,9 +147,24 @@ def _defect_of_idle_axis(objective: Objective) -> tuple[str, str] | None:
     return None
 
 
+def _truncation_defect(divergence: Divergence) -> str:
+    """What a sum of textbook entries over a part of the vocabulary descends besides the divergence."""
+    if divergence.slope == 0.0:
+        return f"for a {divergence.title} the raw closure is the stop_gradient closure under another name"
+    if divergence.slope > 0.0:
+        return f"a truncated {divergence.title} pulls all mass onto the support, also where student and teacher agree"
+    optimum = " (its optimum is p = q / e there)" if isinstance(divergence, ReverseKL) else ""
+    return (
+        f"a truncated {divergence.title} descends the student's own mass on the support{optimum}, also where student and "
+        "teacher agree"
+    )
+
+
 def _biases(objective: Objective) -> tuple[str, ...]:
     support, credit, reduction = objective.support, objective.credit, objective.reduction
     out = []
+    if objective.divergence.frozen:
+        out.append("a part of the divergence is held fixed, so the gradient is not that of its value")
     if isinstance(support, TopK):
         out.append(
             {

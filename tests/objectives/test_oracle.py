@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import product
 
 import pytest
 import torch
 
+from opd_lightning import objectives
 from opd_lightning.inspect.oracle import Path, TabularWorld, forward_kl, reverse_kl
 from opd_lightning.objectives import (
     ClosedFormBaseline,
-    Constant,
     DegenerateObjective,
     Discounted,
+    Divergence,
     ForwardKL,
     FullVocab,
     GeneralizedJSD,
+    Hellinger,
     Immediate,
     NoBaseline,
     Objective,
@@ -23,26 +26,10 @@ from opd_lightning.objectives import (
     ReverseKL,
     SampledToken,
     SequenceMean,
-    TokenMean,
     TopK,
     WrittenToken,
 )
-
-DIVERGENCES = [ReverseKL(), ForwardKL(), GeneralizedJSD(0.3), GeneralizedJSD(0.8, "curvature")]
-TOPKS = [
-    TopK(k, by, closure)
-    for k in (1, 2, 3)
-    for by in ("student", "teacher", "union", "intersection")
-    for closure in ("tail", "renormalize", "stop_gradient", "raw")
-]
-SUPPORTS = [FullVocab(), SampledToken(), WrittenToken(), *TOPKS]
-CREDITS = [Immediate(), Discounted(0.4), ReturnToGo()]
-BASELINES = [NoBaseline(), ClosedFormBaseline()]
-REDUCTIONS = [TokenMean(), SequenceMean(), Constant(2.0)]
-WORLDS = {
-    "fixed": TabularWorld.random(vocab=4, horizon=2, seed=0),
-    "eos": TabularWorld.random(vocab=3, horizon=3, seed=1, eos=2),
-}
+from tests.objectives.members import BASELINES, CREDITS, DIVERGENCES, FEWER, FURTHER, REDUCTIONS, SUPPORTS, WORLDS
 
 
 def accepted(world: str, divergence: object, support: object) -> tuple[int, float]:
@@ -73,6 +60,45 @@ def test_every_accepted_combination_follows_what_it_declares(world: str, support
         support.closure == "raw" or (support.closure == "renormalize" and support.k == 1 and support.by != "union")
     )
     assert (total == 0) == refused_for_all
+
+
+def test_all_divergences_of_the_package_are_here() -> None:
+    concrete = {c for n in objectives.__all__ if _is_divergence(c := getattr(objectives, n))}
+    assert {type(d) for d in DIVERGENCES + FURTHER} == concrete
+
+
+def _is_divergence(c: object) -> bool:
+    return isinstance(c, type) and issubclass(c, Divergence) and not inspect.isabstract(c)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("divergence", FURTHER, ids=repr)
+def test_every_accepted_combination_of_the_further_divergences(world: str, divergence: Divergence) -> None:
+    for support in FEWER:
+        count, worst = accepted(world, divergence, support)
+        assert worst < 1e-10, (support, worst)
+        if isinstance(support, SampledToken):
+            assert (count > 0) == (divergence.separable and not divergence.heavy_tailed)
+        elif isinstance(support, TopK) and support.closure == "stop_gradient":
+            assert (count > 0) == divergence.separable
+        else:
+            refused = isinstance(support, WrittenToken) or (
+                isinstance(support, TopK) and (support.k == 1 or support.closure == "raw")
+            )
+            assert (count == 0) == refused
+
+
+@pytest.mark.parametrize("support", [FullVocab(), SampledToken(), TopK(2, "teacher", "tail")], ids=repr)
+def test_a_temperature_divides_both_laws(support: object) -> None:
+    objective = Objective(Hellinger(), support, temperature=2.0)
+    found, declared = WORLDS["eos"].moments_of(objective).mean, WORLDS["eos"].declared_gradient(objective)
+    torch.testing.assert_close(found, declared, atol=1e-12, rtol=1e-9)
+    assert (declared - WORLDS["eos"].declared_gradient(Objective(Hellinger(), support))).abs().max() > 1e-3
+
+
+def test_what_is_held_fixed_is_declared() -> None:
+    for divergence in DIVERGENCES + FURTHER:
+        assert ("held fixed" in str(Objective(divergence).declared_target)) == divergence.frozen
 
 
 @pytest.mark.parametrize(
@@ -213,97 +239,3 @@ def test_golden_router(golden: TabularWorld) -> None:
     assert mass.item() == pytest.approx(0.32070, abs=6e-6)
     route = p * advantage.clamp(min=0) / mass
     torch.testing.assert_close(route, torch.tensor([0.0, 0.25714, 0.74286], dtype=torch.float64), atol=6e-6, rtol=0.0)
-
-
-# ---- what is refused, and why ---------------------------------------------------------------------------------------------
-
-
-def forced(*arguments: object, **keys: object) -> Objective:
-    objective = Objective(*arguments, allow_degenerate=True, **keys)
-    assert objective.declared_target.name == "none"
-    with pytest.raises(DegenerateObjective):
-        Objective(*arguments, **keys)
-    return objective
-
-
-@pytest.mark.parametrize("by", ["student", "teacher", "intersection"])
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
-def test_one_renormalised_entry_has_no_gradient(divergence: object, by: str) -> None:
-    found = WORLDS["eos"].moments_of(forced(divergence, TopK(1, by, "renormalize")))
-    assert found.mean.abs().max() < 1e-14
-    assert found.trace < 1e-14
-
-
-@pytest.mark.parametrize("by", ["student", "teacher", "union", "intersection"])
-@pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL()], ids=repr)
-def test_raw_top_k_moves_where_the_two_agree(divergence: object, by: str) -> None:
-    table = WORLDS["fixed"].student.detach()
-    agreed = TabularWorld(table, table.clone(), horizon=2)
-    found = agreed.moments_of(forced(divergence, TopK(2, by, "raw"))).mean
-    law = table.softmax(-1)
-    inside = torch.zeros_like(law).scatter(-1, law.topk(2).indices, 1.0)
-    mass = (law * inside).sum(-1, keepdim=True)
-    drained = agreed.visitation().detach()[:, None] * law * (inside - mass)  # gradient of the student's own mass on S
-    sign = 1.0 if isinstance(divergence, ReverseKL) else -1.0  # descent: reverse KL drains S, forward KL fills it
-    torch.testing.assert_close(found, sign * drained, atol=1e-12, rtol=1e-9)
-
-
-def test_raw_jsd_is_the_stop_gradient_closure() -> None:
-    raw = WORLDS["eos"].moments_of(forced(GeneralizedJSD(0.3), TopK(2, "teacher", "raw"))).mean
-    named = WORLDS["eos"].moments_of(Objective(GeneralizedJSD(0.3), TopK(2, "teacher", "stop_gradient"))).mean
-    torch.testing.assert_close(raw, named, atol=1e-14, rtol=0.0)
-
-
-def test_sampled_forward_kl_has_no_bounded_variance() -> None:
-    """Unbiased, but the trace grows as 1 / p where the student hardly samples what the teacher wants."""
-
-    def trace(p: float, divergence: object, force: bool) -> float:
-        world = TabularWorld.from_probabilities(torch.tensor([[1 - p, p]]), torch.tensor([[0.5, 0.5]]), horizon=1)
-        objective = forced(divergence, SampledToken()) if force else Objective(divergence, SampledToken())
-        if force:
-            mean = world.moments_of(objective).mean
-            torch.testing.assert_close(mean, world.gradient(forward_kl, 0.0), atol=1e-8, rtol=1e-6)
-        return world.moments_of(objective).trace
-
-    growth = [trace(p, ForwardKL(), True) for p in (1e-2, 1e-4, 1e-6)]
-    assert growth[1] / growth[0] > 90
-    assert growth[2] / growth[1] > 90
-    assert trace(1e-6, ReverseKL(), False) < 1.0
-
-
-@pytest.mark.parametrize("support", [FullVocab(), TopK(2, "student", "tail")], ids=repr)
-@pytest.mark.parametrize("credit", CREDITS, ids=repr)
-def test_a_baseline_without_sampling_noise_does_nothing(support: object, credit: object) -> None:
-    plain = WORLDS["eos"].moments_of(Objective(ReverseKL(), support, credit))
-    inert = forced(ReverseKL(), support, credit, ClosedFormBaseline())
-    found = WORLDS["eos"].moments_of(inert)
-    torch.testing.assert_close(found.mean, plain.mean, atol=1e-15, rtol=0.0)
-    assert found.trace == pytest.approx(plain.trace)
-    assert inert.declared_target.remedy == "baseline: NoBaseline"
-
-
-def test_a_baseline_under_the_sequence_mean_shifts_the_gradient() -> None:
-    with_baseline = forced(ReverseKL(), SampledToken(), Immediate(), ClosedFormBaseline(), SequenceMean())
-    without = Objective(ReverseKL(), SampledToken(), Immediate(), NoBaseline(), SequenceMean())
-    shift = (WORLDS["eos"].moments_of(with_baseline).mean - WORLDS["eos"].moments_of(without).mean).abs().max()
-    assert shift > 1e-2
-    fixed = (WORLDS["fixed"].moments_of(with_baseline).mean - WORLDS["fixed"].moments_of(without).mean).abs().max()
-    assert fixed < 1e-12  # where all completions are equally long it is neutral
-
-
-def test_the_students_own_text_as_target_teaches_nothing() -> None:
-    found = WORLDS["eos"].moments_of(Objective(ForwardKL(), WrittenToken()), writer="student").mean
-    assert found.abs().max() < 1e-14
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [(ReverseKL(), WrittenToken()), (GeneralizedJSD(), WrittenToken()), (ForwardKL(), WrittenToken(), ReturnToGo())],
-    ids=repr,
-)
-def test_a_written_token_has_one_divergence_and_no_future(arguments: tuple) -> None:
-    objective = forced(*arguments)
-    plain = Objective(ForwardKL(), WrittenToken())
-    # whatever is written beside it, the gradient is the likelihood's: no other divergence is compared, no cost is handed back
-    found = WORLDS["eos"].moments_of(objective, writer="teacher").mean
-    torch.testing.assert_close(found, WORLDS["eos"].moments_of(plain, writer="teacher").mean)
