@@ -9,8 +9,17 @@ import torch
 
 from opd_lightning.objectives import ForwardKL, FullVocab, GeneralizedJSD, ReverseKL, SampledToken, TopK, WrittenToken
 from opd_lightning.objectives.supports import Scores
+from opd_lightning.ops.logprobs import log_softmax
+from tests.objectives.members import FURTHER
 
-DIVERGENCES = [ReverseKL(), ForwardKL(), GeneralizedJSD(0.3)]
+DIVERGENCES = [ReverseKL(), ForwardKL(), GeneralizedJSD(0.3), *FURTHER]
+CLOSED = [
+    (divergence, closure)
+    for divergence in DIVERGENCES
+    for closure in ("tail", "renormalize", "stop_gradient")
+    if divergence.separable or closure != "stop_gradient"
+]
+each_closed = pytest.mark.parametrize(("divergence", "closure"), CLOSED, ids=repr)
 BY = ["student", "teacher", "union", "intersection"]
 TOKENS = torch.tensor([0])
 
@@ -57,9 +66,8 @@ def test_the_one_identity_of_truncated_reverse_kl(k: int, by: str, closure: str)
     torch.testing.assert_close(mine, identity_u(z, teacher, ids, b, c), atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+@each_closed
 @pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("closure", ["tail", "renormalize", "stop_gradient"])
 def test_k_equal_to_the_vocabulary_is_the_full_sum(divergence: object, by: str, closure: str) -> None:
     z, teacher = laws()
     whole = gradient(FullVocab(), divergence, z, teacher)
@@ -67,9 +75,8 @@ def test_k_equal_to_the_vocabulary_is_the_full_sum(divergence: object, by: str, 
     torch.testing.assert_close(mine, whole, atol=1e-10, rtol=1e-8)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+@each_closed
 @pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("closure", ["tail", "renormalize", "stop_gradient"])
 def test_nothing_moves_where_student_and_teacher_agree(divergence: object, by: str, closure: str) -> None:
     z, _ = laws()
     mine = gradient(TopK(3, by, closure), divergence, z, z.detach().log_softmax(-1))
@@ -85,11 +92,24 @@ def test_the_tail_bucket_is_a_lower_bound_that_grows_with_k() -> None:
     assert bounds[-1] == pytest.approx(full)
 
 
-@pytest.mark.parametrize("closure", ["tail", "renormalize", "stop_gradient"])
-def test_an_empty_intersection_gives_zero(closure: str) -> None:
+@each_closed
+@pytest.mark.parametrize("by", BY)
+def test_masked_and_certain_laws_stay_finite_on_a_support(divergence: object, by: str, closure: str) -> None:
+    inf = float("inf")
+    rows = torch.tensor([[1.0, 2.0, 0.5, -inf], [0.0, -inf, -inf, -inf], [80.0, 0.0, 0.0, -inf], [0.0, 80.0, 0.0, -inf]])
+    z = rows.repeat(4, 1).requires_grad_(True)  # every student meets every teacher
+    scores = TopK(2, by, closure).score(
+        divergence, log_softmax(z), log_softmax(rows.repeat_interleave(4, 0)), TOKENS.expand(16)
+    )
+    assert torch.isfinite(scores.direct).all()
+    assert torch.isfinite(torch.autograd.grad(scores.direct.sum(), z)[0]).all()
+
+
+@each_closed
+def test_an_empty_intersection_gives_zero(divergence: object, closure: str) -> None:
     z = torch.tensor([[5.0, 4.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, 4.0, 5.0]], dtype=torch.float64).log_softmax(-1)
-    scores = TopK(2, "intersection", closure).score(ReverseKL(), z.log_softmax(-1), teacher, TOKENS)
+    scores = TopK(2, "intersection", closure).score(divergence, z.log_softmax(-1), teacher, TOKENS)
     (found,) = torch.autograd.grad(scores.direct.sum(), z)
     assert abs(scores.direct.item()) < 1e-12
     assert found.abs().max() < 1e-12

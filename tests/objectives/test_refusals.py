@@ -95,6 +95,17 @@ def test_sampled_heavy_tails_have_no_bounded_variance(divergence: Divergence) ->
         assert traces[-1] < 1.0
 
 
+LIGHT = [d for d in DIVERGENCES + FURTHER if d.separable and not d.heavy_tailed]
+
+
+@pytest.mark.parametrize("divergence", LIGHT, ids=repr)
+def test_what_earlier_tokens_answer_for_is_no_importance_weight_either(divergence: Divergence) -> None:
+    """The sampled cost of an accepted divergence has a bounded second moment."""
+    for p in (1e-2, 1e-4, 1e-6):
+        s, t = torch.tensor([[1 - p, p], [0.5, 0.5]], dtype=torch.float64).log()
+        assert (s.exp() * divergence.value(s, t).square()).sum() < 6.0
+
+
 @pytest.mark.parametrize("support", [FullVocab(), TopK(2, "student", "tail")], ids=repr)
 @pytest.mark.parametrize("credit", CREDITS, ids=repr)
 def test_a_baseline_without_sampling_noise_does_nothing(support: object, credit: object) -> None:
