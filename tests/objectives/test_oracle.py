@@ -74,7 +74,7 @@ def _is_divergence(c: object) -> bool:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("divergence", FURTHER, ids=repr)
 def test_every_accepted_combination_of_the_further_divergences(world: str, divergence: Divergence) -> None:
-    for support in FEWER:
+    for support in FEWER if world == "eos" else FEWER[:3]:  # no top-k where all completions are equally long
         count, worst = accepted(world, divergence, support)
         assert worst < 1e-10, (support, worst)
         if isinstance(support, SampledToken):

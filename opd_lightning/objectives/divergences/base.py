@@ -69,8 +69,8 @@ class Divergence(Configurable, ABC):
         return entry + self.slope * (teacher.exp() - student.exp()) if self.slope else entry
 
     def value(self, student: Float[Tensor, "*n"], teacher: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """``f(u)``: over tokens drawn from the student, its mean is the divergence. ``f`` may be any of its equivalents; the
-        lightest tail is best.
+        """``f(u)``: over tokens drawn from the student, its mean is the divergence. Any equivalent ``f`` will do; the one
+        with the lightest tail is best.
         """
         return self.entry(student[..., None], teacher[..., None])[..., 0] * (-student).exp()
 
