@@ -53,8 +53,8 @@ mean and standard deviation of held-out accuracy and reverse KL over the seeds, 
 Every run is `opd fit` with the configurations, then the method's, then the flags; evaluation between the first and the last
 step, sample tables and report controls are off. Give each method the learning rate that suits it, in its own file, or the
 comparison is one of learning rates."""
-RACE_ENDING = """The folder holds race.md, race.csv, race.png and race.svg, kept up to date after every run, and each run with its
-log. Stopped or failed? The same command continues: finished runs are not repeated, interrupted ones go on from their
+RACE_ENDING = """The folder holds race.md, race.csv, race.png and race.svg, kept up to date after every run, and each run with
+its log. Stopped or failed? The same command continues: finished runs are not repeated, interrupted ones go on from their
 checkpoint, and a run whose configuration changed starts anew (the old one is moved aside).
 Exit code: 0 all finished, 1 some failed, 2 refused before the first run, 130 or 143 stopped."""
 

@@ -156,6 +156,7 @@ class RolloutRefresh(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict or None
+        self.total_tokens = state_dict.get("total_tokens", 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._loaded is not None:
@@ -177,7 +178,6 @@ class RolloutRefresh(pl.Callback):
         if rest and state["accumulate"] != plan.accumulate:
             raise ValueError("the checkpoint lies inside an optimizer step: resume it on as many devices as it was written on")
         self.seed = buffer.seed = state["seed"]
-        self.total_tokens = state["total_tokens"]
         buffer.position = step * plan.accumulate + rest
         if state["accumulate"] != plan.accumulate:
             _count_micro_batches(trainer, buffer.position)

@@ -7,6 +7,7 @@ finished if its ``summary.json`` is there and its ``config.yaml`` says what this
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ OFF = ["--report.controls", "{}", "--report.fields", "{}", "--report.label", LAB
 OFF += ["--trainer.enable_progress_bar", "false"]
 """A run of a race is measured before and after, and shows nothing of its own."""
 POLL_SECONDS = 2.0
-ERROR_LINE = re.compile(r"(opd: )?[\w.]*(Error|Exception|Objective|Interrupt|Exit): |opd: ")
+ERROR_LINE = re.compile(r"(\[rank\d+\]: |opd: )?[\w.]*(Error|Exception|Objective|Interrupt|Exit): |opd: ")
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,13 @@ class Run:
     def result(self, error: str = "") -> Result:
         """The run as it stands."""
         completions = self.steps * self.resolved.config["data"]["batch_size"]
-        found = Result(self.method, self.seed, self.resolved.target, completions, FAILED if error else OPEN, error)
+        result = Result(self.method, self.seed, self.resolved.target, completions, FAILED if error else OPEN, error)
         if not self.finished:
-            return found
-        return Result(**{**asdict(found), "status": DONE, "error": "", **standings.measurements(self.folder)})
+            return result
+        found = standings.measurements(self.folder)
+        if broken := [f"{key}={value}" for key, value in found["after"].items() if not math.isfinite(value)]:
+            return replace(result, status=FAILED, error=f"the trained student measures {', '.join(broken)}")
+        return replace(result, status=DONE, error="", after=found["after"], before=found["before"], teacher=found["teacher"])
 
 
 def _essence(config: dict[str, Any]) -> dict[str, Any]:
@@ -221,10 +225,12 @@ def run(settings: Settings, resolve: Resolve) -> bool:
     with _leaving_on_signals(), _bar(runs, todo) as bar:
         for number, one in enumerate(todo, len(runs) - len(todo) + 1):
             bar.set_description_str(f"run {number}/{len(runs)} {one.method} seed {one.seed}")
-            if error := _train(one, bar):
-                errors[one.method, one.seed] = error
-                bar.write(f"{one.method}, seed {one.seed} failed: {error}\n  (all it said: {_log(one)})", file=sys.stderr)
-            keep()
+            errors[one.method, one.seed] = _train(one, bar)
+            result = next(r for r in keep() if (r.method, r.seed) == (one.method, one.seed))
+            if result.status == FAILED:
+                bar.write(
+                    f"{one.method}, seed {one.seed} failed: {result.error}\n  (all it said: {_log(one)})", file=sys.stderr
+                )
     results = keep()
     print("\n" + standings.markdown(results))
     print(f"race  {settings.folder / 'race.md'}, race.csv" + (", race.png, race.svg" if draw else ""))
@@ -236,7 +242,7 @@ def _bar(runs: list[Run], todo: list[Run]) -> Any:
     total = sum(r.steps for r in runs)
     form = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}]"
     done = total - sum(r.steps for r in todo)
-    return tqdm(total=total, initial=done, bar_format=form, dynamic_ncols=True, file=sys.stderr, smoothing=0)
+    return tqdm(total=total, initial=done, bar_format=form, dynamic_ncols=True, file=sys.stderr, smoothing=0, disable=not todo)
 
 
 def _log(one: Run) -> Path:

@@ -125,6 +125,8 @@ def spread(metric: str, mean: float | None, deviation: float | None) -> str:
     scale, form, unit = {"accuracy": (100, ".1f", " %"), "reverse_kl": (1, ".4f", ""), "completion_tokens": (1, ".1f", "")}.get(
         metric, (1, ",.0f", "")
     )
+    if mean == 0.0 and not deviation:
+        return "0"  # the teacher's reverse KL, by definition
     shown = [format(scale * value, form).replace(",", " ") for value in (mean, deviation) if value is not None]
     return " ± ".join(shown) + unit
 
@@ -152,7 +154,8 @@ def _notes(results: list[Result]) -> list[str]:
         budget = f"**Unequal budgets**, completions a run: {'; '.join(f'{name} {n}' for name, n in budgets.items())}"
     lines = [f"{budget}. ± is the standard deviation over seeds."]
     lines += ["", "What each descends:", ""]
-    lines += [f"- {method}: {target}" for method, target in {r.method: r.target for r in results}.items()]
+    targets = {r.method: r.target for r in results}
+    lines += [f"- {row.name}: {targets[row.name]}" for row in standings(results)]
     if failed := [r for r in results if r.status == FAILED]:
         lines += ["", "Failed:", "", *(f"- {r.method}, seed {r.seed}: {r.error}" for r in failed)]
     return lines
@@ -185,12 +188,14 @@ def _draw(folder: Path, rows: list[Standing], compared: list[Standing]) -> None:
     if not panels:
         return
     with plt.rc_context({**STYLE, "axes.grid.axis": "x", "font.size": 10}):
-        size = (5.2 * len(panels) + 0.8, 1.7 + 0.5 * len(rows))
+        size = (5.2 * len(panels) + 0.8, 1.8 + 0.45 * len(rows))
         figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for place, metric in zip(axes[0], panels, strict=True):
             _panel(place, metric, rows, compared)
         axes[0][0].set_yticks(range(len(rows)), [row.name for row in rows])
         axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
+        legend = "diamond: mean ± standard deviation over seeds; dot: one seed"
+        figure.suptitle(legend, x=0.01, ha="left", fontsize=9, color="0.35")
         for name in ("race.png", "race.svg"):
             figure.savefig(folder / name, dpi=160)
         plt.close(figure)
@@ -204,7 +209,8 @@ def _panel(axes: Any, metric: str, rows: list[Standing], compared: list[Standing
             continue
         mean, deviation = statistics.fmean(values), scale * (row.deviation(metric) or 0.0)
         below = deviation if metric == "accuracy" else min(deviation, mean - 0.5 * min(values))  # a log axis has no 0
-        axes.errorbar(mean, place, xerr=[[below], [deviation]], fmt="D", markersize=6, capsize=4, color=f"C{place % 10}")
+        bar = [[below], [deviation]] if deviation else None
+        axes.errorbar(mean, place, xerr=bar, fmt="D", markersize=6, capsize=4, color=f"C{place % 10}")
         axes.scatter(values, [place + 0.22] * len(values), s=22, color=f"C{place % 10}", alpha=0.55, linewidths=0)
         text = spread(metric, row.mean(metric), row.deviation(metric))
         axes.annotate(
@@ -225,10 +231,12 @@ def _panel(axes: Any, metric: str, rows: list[Standing], compared: list[Standing
 
 
 def _log_axis(axes: Any) -> None:
-    """Logarithmic with plain numbers at 1, 2 and 5: a range below one decade would else have a single label."""
+    """Logarithmic, with plain numbers and enough of them: a range below one decade would else have one label or none."""
     from matplotlib import ticker
 
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_xlim()
+    labelled = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 10 * low else (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=labelled))
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
