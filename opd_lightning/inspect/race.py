@@ -251,8 +251,12 @@ def _log(one: Run) -> Path:
 
 def _train(one: Run, bar: Any) -> str:
     """One run in a process of its own, continued where it stands; its error if it failed, else empty."""
-    words = [*one.words, "--ckpt_path", "last"] if one.unchanged else list(one.words)
-    before = bar.n
+    words, before = list(one.words), bar.n
+    if one.unchanged:
+        words += ["--ckpt_path", "last"]
+        already = min(_steps_done(one.folder), one.steps)
+        bar.initial += already  # they took no time of this race's
+        bar.update(already)
     log = _log(one)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as said:
