@@ -24,6 +24,7 @@ from opd_lightning.callbacks import ColdStart, CompletionEval, GracefulStop, Rol
 from opd_lightning.callbacks.recovery import last_checkpoint
 from opd_lightning.configurable import Configurable
 from opd_lightning.data.datamodule import PromptDataModule
+from opd_lightning.inspect.race import Resolved
 from opd_lightning.inspect.report import Report
 from opd_lightning.models import LoRA
 from opd_lightning.module import OPDModule
@@ -180,7 +181,10 @@ def run_verbs(argv: list[str]) -> OPDCLI:
     """Parse and run one of the verbs that build a module."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_Quiet())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside Lightning 2.6 with torch 2.13
-    argv = configfiles.with_carried(configfiles.expand(argv))
+    return _cli(configfiles.with_carried(configfiles.expand(argv)))
+
+
+def _cli(argv: list[str], run: bool = True) -> OPDCLI:
     # In sys.argv, not in args=: the ddp and fsdp launchers start the other ranks with the same sys.argv.
     sys.argv = [sys.argv[0], *argv]
     base = {"default_config_files": [str(configfiles.find(BASE))]}
@@ -190,11 +194,27 @@ def run_verbs(argv: list[str]) -> OPDCLI:
         trainer_class=OPDTrainer,
         trainer_defaults=DEFAULTS,
         parser_class=Parser,
-        parser_kwargs={verb: dict(base) for verb in OPDCLI.subcommands()},
+        parser_kwargs={verb: dict(base) for verb in OPDCLI.subcommands()} if run else base,
+        run=run,
         save_config_callback=CarriedConfig,
         auto_configure_optimizers=False,
         seed_everything_default=0,
     )
+
+
+def resolve(words: list[str]) -> Resolved:
+    """What ``opd fit`` would run with these words: parsed, built and checked, but not started."""
+    argv = sys.argv
+    logging.disable(logging.INFO)  # what is said about devices and seeds belongs to the run itself
+    try:
+        cli = _cli(configfiles.expand(words), run=False)
+        rollout: RolloutRefresh = cli.config_init["rollout"]
+        rollout.check_source(cli.model)
+    finally:
+        logging.disable(logging.NOTSET)
+        sys.argv = argv
+    config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_link_targets=True))
+    return Resolved(config, str(cli.model.objective.declared_target))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     CarriedConfig.started = False
     try:
         if argv and argv[0] in commands.COMMANDS:
-            return commands.run(argv)
+            return commands.run(argv, resolve)
         cli = run_verbs(argv)
     except (ValueError, OSError, ImportError, TypeError, KeyError, yaml.YAMLError) as error:
         if CarriedConfig.started or os.environ.get("OPD_TRACEBACK"):

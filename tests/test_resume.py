@@ -69,6 +69,9 @@ def test_from_every_checkpoint_bit_for_bit(
     assert same(weights(module), expected)
     again = next(c for c in trainer.callbacks if isinstance(c, CompletionEval)).history
     assert again == history
+    counted = next(c for c in trainer.callbacks if isinstance(c, RolloutRefresh)).total_tokens
+    uninterrupted = torch.load(root / f"checkpoints/step-{STEPS:06d}.ckpt", weights_only=True)
+    assert counted == uninterrupted["callbacks"]["RolloutRefresh"]["total_tokens"] > 0
 
 
 def test_extending_a_finished_run_equals_one_long_run(

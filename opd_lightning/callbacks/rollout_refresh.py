@@ -55,7 +55,8 @@ class RolloutRefresh(pl.Callback):
         self.rollouts_per_prompt, self.every_n_steps, self.passes = rollouts_per_prompt, every_n_steps, passes
         self.seed = run_seed(seed)
         self.buffer: RolloutBuffer | None = None
-        self.pending: dict[str, float] = {}
+        self.total_tokens = 0  # completion tokens handed to training so far, over all ranks
+        self.pending: dict[str, float | torch.Tensor] = {}
         self._loaded: dict[str, Any] | None = None
         self._alone = False
 
@@ -79,7 +80,7 @@ class RolloutRefresh(pl.Callback):
         self.buffer.refill = lambda refresh: self.refresh(trainer, pl_module, refresh)
         data.buffer = self.buffer
         data.total_micro_batches = trainer.max_steps * plan.accumulate if trainer.max_steps > 0 else 10**9
-        self._check_source(pl_module)
+        self.check_source(pl_module)
 
     def _plan(self, trainer: pl.Trainer, batch_size: int, micro_batch_size: int) -> Plan:
         world = trainer.world_size
@@ -104,7 +105,8 @@ class RolloutRefresh(pl.Callback):
             )
         return Plan(batch_size, micro, self.every_n_steps, self.passes, trainer.global_rank, world)
 
-    def _check_source(self, pl_module: Any) -> None:
+    def check_source(self, pl_module: Any) -> None:
+        """Refuse an objective that does not fit who writes its completions; say what is descended."""
         for phase in pl_module.phases:
             if phase.end % self.every_n_steps:
                 raise ValueError(
@@ -150,10 +152,12 @@ class RolloutRefresh(pl.Callback):
             "scales": [[s / (plan.world * plan.accumulate) for s in step] for step in self.buffer.scales],
             "shards": shards,
             "seed": self.seed,
+            "total_tokens": self.total_tokens,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict or None
+        self.total_tokens = state_dict.get("total_tokens", 0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._loaded is not None:
@@ -222,11 +226,13 @@ class RolloutRefresh(pl.Callback):
         terms = len(local[0])
         return [tuple(factors[c * terms : (c + 1) * terms]) for c in range(plan.chunks)]
 
-    def _measure(self, rollout: Rollout, seconds: float) -> dict[str, float]:
+    def _measure(self, rollout: Rollout, seconds: float) -> dict[str, float | torch.Tensor]:
         local = [float(rollout.mask.sum()), float(len(rollout)), float((~rollout.ended).sum()), seconds / parallel.world_size()]
         tokens, count, truncated, mean_seconds = parallel.sum_over_ranks(local)
+        self.total_tokens += int(tokens)
         return {
             "rollout/completion_tokens": tokens / count,
+            "rollout/total_tokens": torch.tensor(self.total_tokens, dtype=torch.float64),  # plain numbers pass through float32
             "rollout/truncated": truncated / count,
             "rollout/seconds": mean_seconds,
             "rollout/tokens_per_second": tokens / max(mean_seconds, 1e-9),

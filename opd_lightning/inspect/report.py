@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -16,9 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from opd_lightning.configurable import Configurable
+from opd_lightning.inspect import subrun
 
 Curves = dict[str, list[tuple[int, float]]]
-ROW_TITLES = {"before": "student before", "opd": "student after OPD", "sft": "SFT control", "teacher": "teacher"}
+ROW_TITLES = {
+    "before": "student before",
+    "after": "student after",
+    "opd": "student after OPD",
+    "sft": "SFT control",
+    "teacher": "teacher",
+}
 COLUMNS = {"accuracy": "accuracy", "reverse_kl": "reverse KL (nats/token)", "neutral_nll": "neutral text (nats/token)"}
 
 
@@ -68,11 +74,10 @@ class Report(Configurable):
         if (folder / "summary.json").is_file():
             return
         print(f"\ncontrol {name!r}: the same run with {overlay}", flush=True)
-        command = [sys.executable, "-m", "opd_lightning", "fit", *_without_checkpoint(argv), "-c", overlay]
-        command += ["--trainer.default_root_dir", str(folder), "--report.controls", "{}", "--report.label", name]
-        command += ["--trainer.devices", "1", "--trainer.strategy", "auto", "--ckpt_path", "last"]
-        ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        done = subprocess.run(command, env={k: v for k, v in os.environ.items() if k not in ranks}, check=False)
+        words = [*_without_checkpoint(argv), "-c", overlay, "--trainer.default_root_dir", str(folder)]
+        words += ["--report.controls", "{}", "--report.label", name, "--ckpt_path", "last"]
+        words += ["--trainer.devices", "1", "--trainer.strategy", "auto"]
+        done = subprocess.run(subrun.command(words), env=subrun.environment(), check=False)
         if done.returncode:
             print(f"control {name!r} failed (exit code {done.returncode}); its row is left out", file=sys.stderr)
 
@@ -175,11 +180,17 @@ def curves(run: Path) -> Curves:
     return {key: sorted(points.items()) for key, points in found.items()}
 
 
-def write_page(run: Path, summary: dict[str, Any], label: str, controls: list[str]) -> Path | None:
-    """``report.html``, one file; None, with the reason, where matplotlib or jinja2 are missing."""
+def can_draw(what: str) -> bool:
+    """Whether matplotlib and jinja2 are there; says what is left out where they are not."""
     missing = [m for m in ("matplotlib", "jinja2") if importlib.util.find_spec(m) is None]
     if missing:
-        print(f"no report.html: {' and '.join(missing)} not installed (pip install 'opd_lightning[report]')")
+        print(f"no {what}: {' and '.join(missing)} not installed (pip install 'opd_lightning[report]')")
+    return not missing
+
+
+def write_page(run: Path, summary: dict[str, Any], label: str, controls: list[str]) -> Path | None:
+    """``report.html``, one file; None, with the reason, where matplotlib or jinja2 are missing."""
+    if not can_draw("report.html"):
         return None
     from opd_lightning.inspect import page
 

@@ -21,6 +21,7 @@ METRICS: dict[str, str] = {
     "train/learning_rate": "Learning rate of the first parameter group.",
     "train/step_seconds": "Wall-clock of an optimizer step, rollouts included.",
     "rollout/completion_tokens": "Mean length of the completions of a refresh, tokens, EOS included.",
+    "rollout/total_tokens": "Completion tokens of all refreshes so far, all ranks; each counts once, however often it is used.",
     "rollout/truncated": "Share of completions cut by max_new_tokens, 0 to 1. A rise warns of length inflation.",
     "rollout/seconds": "Wall-clock of a refresh.",
     "rollout/tokens_per_second": "Completion tokens written per second, all ranks.",

@@ -76,6 +76,8 @@ def test_rollouts_are_fresh_grouped_and_on_policy(pair: tuple[Path, Path], tmp_p
         assert all(groups[r] == groups[r + 1] for r in groups if r % 2 == 0)
     assert all(m["train/staleness"] == 0.0 for m in seen.logged)
     assert all(m["train/ratio_deviation"] < 1e-5 for m in seen.logged)
+    lengths = torch.tensor([int(batch.mask.sum()) for batch in seen.batches])
+    assert [m["rollout/total_tokens"] for m in seen.logged] == lengths.cumsum(0).tolist()
 
 
 def test_reuse_shows_as_staleness(pair: tuple[Path, Path], tmp_path: Path) -> None:
