@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
 
     CarriedConfig.started = False
     try:
-        if argv and argv[0] in commands.COMMANDS:
+        if argv and argv[0] in {**commands.COMMANDS, **commands.OWN_PARSER}:
             return commands.run(argv)
         cli = run_verbs(argv)
     except (ValueError, OSError, ImportError, TypeError, KeyError, yaml.YAMLError) as error:

@@ -1,7 +1,10 @@
-"""Verbs of ``opd`` that build no module of their own: listing configurations, reports, the zoo."""
+"""Verbs of ``opd`` that train nothing: configurations, reports, the zoo, audits of losses and of objectives."""
 
 from __future__ import annotations
 
+import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +45,55 @@ def report(run: str, label: str = "opd", controls: list[str] | None = None) -> N
     chosen.show(folder)
 
 
+AUDIT_HELP = """
+Audits a token loss of your own: its gradient is computed on every completion of a small world and compared with exact ones.
+
+    opd audit-loss my_loss.py:distill
+
+with, in my_loss.py,
+
+    def distill(student_logits, teacher_logits, tokens, mask):
+        p = student_logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        q = teacher_logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        return ((p - q).detach() * p * mask).sum() / mask.sum()
+
+Logits are [B, T, V], tokens and mask [B, T]; position t scores tokens[:, t], so nothing is shifted; the mask is True at
+completion tokens; the scalar is minimised. A top-k loss shows what it does only if its k is smaller than --vocab.
+"""
+AUDIT_EXIT = """
+It says which gradient the loss follows in expectation over the student's own samples, how noisy it is, whether the teacher is
+in the gradient, whether padding leaks, and whether logits of -inf break it; and it names well-known defects.
+
+exit code: 0 no defect found, 1 a defect was found, 2 the loss cannot be audited
+"""
+
+
+def audit_loss(words: list[str]) -> int:
+    """``opd audit-loss``."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("opd audit-loss", description=AUDIT_HELP, epilog=AUDIT_EXIT, formatter_class=layout)
+    parser.add_argument("loss", metavar="FILE.py:FUNCTION", help="the loss to audit")
+    parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
+    parser.add_argument("--vocab", type=int, default=5, help="tokens of the small world, 4 to 16 (default: 5)")
+    given = parser.parse_args(words)
+    from opd_lightning.inspect.audit import audit
+    from opd_lightning.inspect.audit_text import load_loss, table
+
+    found = audit(load_loss(given.loss), given.vocab)
+    print(json.dumps(found.to_dict(), indent=2) if given.json else table(found, given.loss))
+    return 0 if found.sound else 1
+
+
 COMMANDS: dict[str, Any] = {"configs": configs, "report": report, "zoo": {"build": build, "list": show}}
+"""Verbs whose arguments are read from the signature."""
+OWN_PARSER: dict[str, Callable[[list[str]], int]] = {"audit-loss": audit_loss}
+"""Verbs that read their own words and return the exit code."""
 
 
 def run(argv: list[str]) -> int:
-    """Run one of `COMMANDS` with its arguments."""
-    auto_cli(COMMANDS[argv[0]], args=argv[1:], prog=f"opd {argv[0]}", as_positional=True)
+    """Run one of `COMMANDS` or `OWN_PARSER` with its arguments."""
+    verb, words = argv[0], argv[1:]
+    if verb in OWN_PARSER:
+        return OWN_PARSER[verb](words)
+    auto_cli(COMMANDS[verb], args=words, prog=f"opd {verb}", as_positional=True)
     return 0
