@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from opd_lightning import configfiles
+from opd_lightning.inspect.setups import Setup, side_by_side
 from opd_lightning.zoo.build import build, show
+
+Reader = Callable[[list[str]], Setup]
 
 
 def configs() -> None:
@@ -68,7 +73,7 @@ exit code: 0 no defect found, 1 a defect was found, 2 the loss cannot be audited
 """
 
 
-def audit_loss(words: list[str]) -> int:
+def audit_loss(words: list[str], read: Reader) -> int:
     """``opd audit-loss``."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("opd audit-loss", description=AUDIT_HELP, epilog=AUDIT_EXIT, formatter_class=layout)
@@ -84,16 +89,62 @@ def audit_loss(words: list[str]) -> int:
     return 0 if found.sound else 1
 
 
+def diff(words: list[str], read: Reader) -> int:
+    """``opd diff``."""
+    about = "Compares two configurations in terms of what they train: only what differs, then what each of them descends."
+    parser = argparse.ArgumentParser(
+        "opd diff", description=about, epilog="example: opd diff methods/opd.yaml methods/gkd.yaml"
+    )
+    parser.add_argument("first", help="a configuration: a file, or a shipped name (see `opd configs`)")
+    parser.add_argument("second", help="another one")
+    given = parser.parse_args(words)
+    setups = []
+    for name in (given.first, given.second):
+        try:
+            setups.append(read(["-c", name]))
+        except (Exception, SystemExit):
+            print(f"opd diff: the configuration that cannot be used is {name}", file=sys.stderr)
+            raise
+    print(side_by_side((given.first, given.second), (setups[0], setups[1]), shutil.get_terminal_size((120, 24)).columns))
+    return 0
+
+
+def validate_config(words: list[str], read: Reader) -> int:
+    """``opd validate-config``."""
+    about = "Checks the configuration of a run without loading any weights, and says what it descends."
+    more = (
+        "example: opd validate-config -c quickstart.yaml --model.objective.support SampledToken\n"
+        "All other keys of `opd fit` are understood too. exit code: 0 accepted, 2 refused, with the line to write instead"
+    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("opd validate-config", description=about, epilog=more, formatter_class=layout)
+    parser.add_argument("-c", "--config", action="append", help="a file or a shipped name; several are laid over each other")
+    if {"-h", "--help"} & set(words):
+        parser.print_help()
+        return 0
+    print("\n".join(read(words).declared()))
+    return 0
+
+
 COMMANDS: dict[str, Any] = {"configs": configs, "report": report, "zoo": {"build": build, "list": show}}
 """Verbs whose arguments are read from the signature."""
-OWN_PARSER: dict[str, Callable[[list[str]], int]] = {"audit-loss": audit_loss}
+OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
+    "audit-loss": audit_loss,
+    "diff": diff,
+    "validate-config": validate_config,
+}
 """Verbs that read their own words and return the exit code."""
 
 
-def run(argv: list[str]) -> int:
-    """Run one of `COMMANDS` or `OWN_PARSER` with its arguments."""
+def run(argv: list[str], read: Reader) -> int:
+    """Run one of `COMMANDS` or `OWN_PARSER` with its arguments.
+
+    Args:
+        argv: the verb and its words.
+        read: turns the words of ``opd fit`` into what they would train.
+    """
     verb, words = argv[0], argv[1:]
     if verb in OWN_PARSER:
-        return OWN_PARSER[verb](words)
+        return OWN_PARSER[verb](words, read)
     auto_cli(COMMANDS[verb], args=words, prog=f"opd {verb}", as_positional=True)
     return 0

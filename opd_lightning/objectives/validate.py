@@ -8,9 +8,9 @@ with an exact enumeration in the tests.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from opd_lightning.objectives.divergences import ForwardKL, GeneralizedJSD
+from opd_lightning.objectives.divergences import Divergence, ForwardKL, GeneralizedJSD
 from opd_lightning.objectives.reductions import SequenceMean, TokenMean
 from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
 
@@ -31,6 +31,7 @@ class DeclaredTarget:
         parts: support, credit, baseline and reduction in words.
         biases: what separates the expected gradient from that of the plain divergence.
         defect: why the combination is refused; None if it is sound.
+        formula: the equation behind the defect, with p the student and q the teacher.
         remedy: the configuration line to write instead.
     """
 
@@ -38,6 +39,7 @@ class DeclaredTarget:
     parts: tuple[str, ...]
     biases: tuple[str, ...] = ()
     defect: str | None = None
+    formula: str | None = None
     remedy: str | None = None
 
     def __str__(self) -> str:
@@ -45,48 +47,82 @@ class DeclaredTarget:
         return f"{self.name} ({', '.join(self.parts)}): {self.defect or bias}"
 
 
-def defect_of(objective: Objective) -> tuple[str, str] | None:
-    """(defect, remedy) of a combination that must not be trained with, or None."""
+class Defect(NamedTuple):
+    """Why a combination must not be trained with: in words, as an equation, and what to write instead."""
+
+    cause: str
+    formula: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.cause}.\n  Formula: {self.formula}\n  Write instead: {self.remedy}"
+
+
+def _defect_of_top_k(divergence: Divergence, support: TopK) -> Defect | None:
+    if support.closure == "renormalize" and support.k == 1 and support.by != "union":
+        return Defect(
+            "renormalised on one entry, student and teacher are both 1 there: loss and gradient are exactly 0",
+            "p_1 / p_1 = 1 = q_1 / q_1 whatever p is",
+            "support.k: 16, or support.closure: tail",
+        )
+    if support.closure == "raw" and isinstance(divergence, GeneralizedJSD):
+        return Defect(
+            "for a JSD the raw closure is the stop_gradient closure under another name",
+            "p f(q / p) with f'(1) = 0 already",
+            "closure: stop_gradient",
+        )
+    if support.closure == "raw" and isinstance(divergence, ForwardKL):
+        return Defect(
+            "a truncated forward KL pulls all mass onto the support, also where student and teacher agree",
+            "at p = q: grad sum_S q (log q - log p) = - grad sum_S p",
+            "support.closure: tail (or renormalize, stop_gradient)",
+        )
+    if support.closure == "raw":
+        return Defect(
+            "a truncated reverse KL descends the student's own mass on the support (its optimum is p = q / e there), "
+            "also where student and teacher agree",
+            "grad sum_S p (log p - log q) = sum_S (log p - log q + 1) grad p, which at p = q is grad sum_S p",
+            "support.closure: tail (or renormalize, stop_gradient)",
+        )
+    return None
+
+
+def defect_of(objective: Objective) -> Defect | None:
+    """What is wrong with a combination, or None."""
     divergence, support, credit = objective.divergence, objective.support, objective.credit
-    if isinstance(support, TopK):
-        if support.closure == "renormalize" and support.k == 1 and support.by != "union":
-            return (
-                "renormalised on one entry, student and teacher are both 1 there: loss and gradient are exactly 0",
-                "support.k: 16, or support.closure: tail",
-            )
-        if support.closure == "raw" and isinstance(divergence, GeneralizedJSD):
-            return "for a JSD the raw closure is the stop_gradient closure under another name", "closure: stop_gradient"
-        if support.closure == "raw" and isinstance(divergence, ForwardKL):
-            return (
-                "a truncated forward KL pulls all mass onto the support, also where student and teacher agree",
-                "support.closure: tail (or renormalize, stop_gradient)",
-            )
-        if support.closure == "raw":
-            return (
-                "a truncated reverse KL descends the student's own mass on the support (its optimum is p = q / e there), "
-                "also where student and teacher agree",
-                "support.closure: tail (or renormalize, stop_gradient)",
-            )
+    if isinstance(support, TopK) and (found := _defect_of_top_k(divergence, support)):
+        return found
     if isinstance(support, SampledToken) and divergence.heavy_tailed:
-        return (
+        return Defect(
             f"the {divergence.title} on a token that the student sampled is an importance weight q / p: its variance has "
             "no bound",
+            "E_{y ~ p} (q / p)^2 = sum_v q_v^2 / p_v",
             "support: FullVocab, or support: {class_path: TopK, init_args: {k: 16, by: teacher}}",
         )
     if isinstance(support, WrittenToken):
         if not isinstance(divergence, ForwardKL):
-            return (
+            return Defect(
                 f"a written token always descends the likelihood of the text, not a {divergence.title}",
+                "E_{y ~ writer} grad -log p(y) = grad KL(writer ‖ p)",
                 "divergence: ForwardKL",
             )
         if credit.gamma > 0.0:
-            return "a written text is not moved by the student: no token answers for later ones", "credit: Immediate"
+            return Defect(
+                "a written text is not moved by the student: no token answers for later ones",
+                "grad writer(y) = 0",
+                "credit: Immediate",
+            )
     if objective.baseline.present and not support.sampled:
-        return "a baseline only acts on sampled tokens; exact sums have no sampling noise", "baseline: NoBaseline"
+        return Defect(
+            "a baseline only acts on sampled tokens; exact sums have no sampling noise",
+            "sum_v p_v b grad log p_v = b grad 1 = 0",
+            "baseline: NoBaseline",
+        )
     if objective.baseline.present and isinstance(objective.reduction, SequenceMean):
-        return (
+        return Defect(
             "with the sequence mean a token's weight 1 / length depends on what was sampled, so a baseline changes the "
             "expected gradient",
+            "E[b(s_t) / |y| grad log p(y_t)] != 0, because |y| depends on y_t",
             "reduction: TokenMean, or baseline: NoBaseline",
         )
     return None
@@ -142,20 +178,20 @@ def declare(objective: Objective) -> DeclaredTarget:
         name="none" if problem else name,
         parts=tuple(parts),
         biases=_biases(objective),
-        defect=problem[0] if problem else None,
-        remedy=problem[1] if problem else None,
+        defect=problem.cause if problem else None,
+        formula=problem.formula if problem else None,
+        remedy=problem.remedy if problem else None,
     )
 
 
 def refuse_if_degenerate(objective: Objective) -> None:
     """Raises:
-    DegenerateObjective: naming defect and remedy, unless the objective allows it.
+    DegenerateObjective: naming defect, formula and remedy, unless the objective allows it.
     """
-    target = declare(objective)
-    if target.defect and not objective.allow_degenerate:
+    problem = defect_of(objective)
+    if problem and not objective.allow_degenerate:
         raise DegenerateObjective(
-            f"{type(objective.divergence).__name__} with {', '.join(target.parts)} is refused: {target.defect}.\n"
-            f"  Write instead: {target.remedy}\n"
+            f"{type(objective.divergence).__name__} with {', '.join(declare(objective).parts)} is refused: {problem}\n"
             "  To train it all the same (to study the failure), set `objective.allow_degenerate: true`."
         )
 
@@ -176,19 +212,25 @@ def refuse_unfit_source(objective: Objective, *, student_writes: bool, others_wr
         return
     support, gamma = objective.support, objective.credit.gamma
     if isinstance(support, WrittenToken) and student_writes:
-        raise DegenerateObjective(
-            "WrittenToken on the student's own completions has expected gradient zero: the student imitates itself.\n"
-            "  Write instead: rollout.source: TeacherSource (or DatasetSource), or support: FullVocab"
+        problem = Defect(
+            "WrittenToken on the student's own completions has expected gradient zero: the student imitates itself",
+            "E_{y ~ p} grad log p(y) = sum_y grad p(y) = grad 1 = 0",
+            "rollout.source: TeacherSource (or DatasetSource), or support: FullVocab",
         )
+        raise DegenerateObjective(str(problem))
     if gamma > 0.0 and others_write:
-        raise DegenerateObjective(
+        problem = Defect(
             f"credit {objective.credit.title} follows how the student's tokens move its later states, but the source also "
-            "hands out completions that the student did not write.\n"
-            "  Write instead: rollout.source: StudentSource, or credit: Immediate"
+            "hands out completions that the student did not write",
+            "grad E_{y ~ p} cost = E_{y ~ p} [grad cost + cost grad log p(y)], y drawn from p",
+            "rollout.source: StudentSource, or credit: Immediate",
         )
+        raise DegenerateObjective(str(problem))
     if gamma > 0.0 and steps_per_refresh > 1:
-        raise DegenerateObjective(
+        problem = Defect(
             f"credit {objective.credit.title} needs completions of the current student, but a refresh serves "
-            f"{steps_per_refresh} optimizer steps.\n"
-            "  Write instead: rollout.every_n_steps: 1 and rollout.passes: 1, or credit: Immediate"
+            f"{steps_per_refresh} optimizer steps",
+            "grad E_{y ~ p} cost = E_{y ~ p} [grad cost + cost grad log p(y)], y drawn from the p of this step",
+            "rollout.every_n_steps: 1 and rollout.passes: 1, or credit: Immediate",
         )
+        raise DegenerateObjective(str(problem))
