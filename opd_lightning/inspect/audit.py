@@ -215,14 +215,14 @@ class _Findings:
         if self.gradient_of == "nothing":
             yield self._zero()
             return
-        if self.match and self.match.scale < 0:
-            yield defect("wrong_sign", f"It ascends: {self.match.title}.")
-        elif self.match and self.match.defect:
+        if self.match and self.match.defect:
             yield defect(self.match.defect, f"The gradient is that of {self.match.title}.")
+        elif self.match and self.match.scale < 0:
+            yield defect("wrong_sign", f"It ascends: {self.match.title}.")
         elif self.gradient_of == "forward_kl" and self._is_k3():
             yield defect("k3_backpropagated")
         if not self.teacher:
-            yield defect("teacher_absent")
+            yield defect("detached_weight" if self._teacher_in_value() else "teacher_absent")
         yield from self._at_agreement()
 
     def _dead(self) -> Defect:
@@ -232,9 +232,13 @@ class _Findings:
             return defect("no_gradient")
         if float(self.here.values.abs().max()) <= near:
             return defect("renormalized_top_1")
-        if float((self.here.values - self.other.values).abs().max()) > near:
+        if self._teacher_in_value():
             return defect("detached_weight", "Here every sample's gradient is sum_v p_v grad log p_v = 0.")
         return defect("no_gradient")
+
+    def _teacher_in_value(self) -> bool:
+        size = max(1.0, float(self.here.values.abs().max()))
+        return float((self.here.values - self.other.values).abs().max()) > 1e-4 * self.here.tolerance * size
 
     def _zero(self) -> Defect:
         """Samples have gradients that cancel."""
@@ -287,7 +291,7 @@ def _ordered(found: list[Defect]) -> Iterator[Defect]:
     consequences = {"teacher_absent", "moves_at_agreement", "raw_top_k"}
     for i, one in enumerate(found):
         explained = one.name in consequences and any(d.name not in ("wrong_sign", "infinite_logits") for d in found[:i])
-        if not explained:
+        if not explained and one.name not in [d.name for d in found[:i]]:
             yield one
 
 

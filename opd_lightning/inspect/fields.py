@@ -161,7 +161,11 @@ class Fields:
         divergences: list[Divergence] = [ReverseKL(), ForwardKL()]
         for k in range(1, self.world.vocab):
             for by in ("student", "teacher"):
-                yield _single(field, self._mass(k, by), f"the student's mass on the top-{k} by {by}", "detached_weight")
+                for log, word in ((False, "mass"), (True, "log-mass")):
+                    title = f"the student's {word} on the top-{k} by {by}"
+                    found = _single(field, self._mass(k, by, log), title, "detached_weight")
+                    # the other way round it is a likelihood: the student imitates hard labels
+                    yield found if found.scale > 0 else Match(f"minus {title}", -found.scale, found.residual)
                 for closure in ("raw", "tail", "renormalize", "stop_gradient"):
                     for divergence in divergences:
                         support: Any = TopK(k, by, closure)  # type: ignore[arg-type]
@@ -170,10 +174,11 @@ class Fields:
                         defect = "raw_top_k" if closure == "raw" else None
                         yield _single(field, self.world.declared_gradient(objective), title, defect)
 
-    def _mass(self, k: int, by: str) -> Tensor:
+    def _mass(self, k: int, by: str, log: bool = False) -> Tensor:
         def mass(student: Tensor, teacher: Tensor) -> Tensor:
             ids = (student.detach() if by == "student" else teacher).topk(k, -1).indices
-            return student.gather(-1, ids).exp().sum(-1)
+            found = student.gather(-1, ids).logsumexp(-1)
+            return found if log else found.exp()
 
         return self.world.gradient(mass, 0.0)
 

@@ -254,8 +254,9 @@ def probe_reduction(loss: TokenLoss, vocab: int, tolerance: float) -> str:
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.bool)
     both = Batch._make(torch.cat([x, x]) for x in whole)._replace(mask=mask)
     long, short, batch = (call(loss, b).gradient for b in (whole, first, both))
+    chained = "no plain sum or mean: a token's weight depends on the other tokens"
     if not bool(long.any()) or not bool(short.any()):
-        return "none"
+        return chained
 
     def factor(found: Tensor, reference: Tensor) -> float | None:
         ratio = float((found * reference).sum() / reference.square().sum())
@@ -265,7 +266,7 @@ def probe_reduction(loss: TokenLoss, vocab: int, tolerance: float) -> str:
     for pattern, name in REDUCTIONS.items():
         if all(f is not None and abs(f - p) <= 10 * tolerance for f, p in zip(found, pattern, strict=True)):
             return name
-    return "no plain sum or mean: a token's weight depends on the other tokens"
+    return chained
 
 
 REDUCTIONS = {

@@ -47,6 +47,10 @@ TRAPS = {
     "undetached_advantage": ("undetached_advantage", "other", "reverse KL - 1 x entropy"),
     "detached_weight": ("detached_weight", "other", "entropy alone"),
     "detached_weight_over_the_vocabulary": ("detached_weight", "nothing", "nothing"),
+    "detached_weight_on_a_top_k": ("detached_weight", "other", "the student's mass on the top-2 by teacher"),
+    "detached_probability_of_the_token": ("detached_weight", "other", "none of these"),
+    "detached_weight_with_the_other_sign": ("detached_weight", "other", "entropy alone"),
+    "hard_labels": ("moves_at_agreement", "other", "minus the student's log-mass on the top-1 by teacher"),
     "k3_as_advantage": ("k3_as_advantage", "other", "reverse KL - 1 x forward KL"),
     "local_term_missing": ("local_term_missing", "other", "later states"),
     "own_text": ("own_text_likelihood", "nothing", "nothing"),
@@ -61,6 +65,8 @@ TEACHER_ABSENT = {
     "renormalised_top_1",
     "detached_weight",
     "detached_weight_over_the_vocabulary",
+    "detached_probability_of_the_token",
+    "detached_weight_with_the_other_sign",
     "own_text",
     "everything_detached",
 }
@@ -313,3 +319,10 @@ def test_the_world_must_be_enumerable(capsys: pytest.CaptureFixture[str]) -> Non
     assert run(f"{LOSSES}/sound.py:k2", "--vocab", "2") == 2
     with pytest.raises(UnusableLoss):
         audit(lambda s, t, y, m: (s.sum(), None))  # type: ignore[arg-type, return-value]
+
+
+def test_a_world_leaves_the_tables_that_it_is_given_alone() -> None:
+    student, teacher = torch.randn(2, 5, 4, dtype=torch.float64)
+    world = TabularWorld(student, teacher, horizon=2)
+    assert world.student.requires_grad
+    assert not student.requires_grad and not teacher.requires_grad

@@ -111,6 +111,16 @@ def detached_weight_over_the_vocabulary(student_logits, teacher_logits, tokens, 
     return mean((p.exp().detach() * (p - q)).sum(-1), mask)
 
 
+def detached_weight_on_a_top_k(student_logits, teacher_logits, tokens, mask):
+    p, q = _raw_top(student_logits, teacher_logits, "teacher")
+    return mean((p.exp().detach() * (p - q)).sum(-1), mask)
+
+
+def detached_probability_of_the_token(student_logits, teacher_logits, tokens, mask):
+    p, q = sampled(student_logits, teacher_logits, tokens)
+    return mean(p.exp().detach() * (p - q), mask)
+
+
 def k3_as_advantage(student_logits, teacher_logits, tokens, mask):
     p, q = sampled(student_logits, teacher_logits, tokens)
     return mean(((q - p).exp() - 1 - (q - p)).detach() * p, mask)
@@ -151,3 +161,14 @@ def tempered_student(student_logits, teacher_logits, tokens, mask):
     """Compares at two temperatures: a student that equals its teacher is moved."""
     p, q = (student_logits / 0.5).log_softmax(-1).clamp(min=-700), teacher_logits.log_softmax(-1).clamp(min=-700)
     return mean((p.exp() * (p - q)).sum(-1), mask)
+
+
+def detached_weight_with_the_other_sign(student_logits, teacher_logits, tokens, mask):
+    p, q = sampled(student_logits, teacher_logits, tokens)
+    return mean((q - p) * p.detach(), mask)
+
+
+def hard_labels(student_logits, teacher_logits, tokens, mask):
+    """The likelihood of the teacher's likeliest token: the student becomes deterministic."""
+    best = teacher_logits.argmax(-1, keepdim=True)
+    return -mean(student_logits.log_softmax(-1).gather(-1, best).squeeze(-1), mask)
