@@ -24,8 +24,8 @@ from opd_lightning.callbacks import ColdStart, CompletionEval, GracefulStop, Rol
 from opd_lightning.callbacks.recovery import last_checkpoint
 from opd_lightning.configurable import Configurable
 from opd_lightning.data.datamodule import PromptDataModule
-from opd_lightning.inspect.race import Resolved
 from opd_lightning.inspect.report import Report
+from opd_lightning.inspect.setups import Setup
 from opd_lightning.models import LoRA
 from opd_lightning.module import OPDModule
 from opd_lightning.trainer import DEFAULTS, OPDTrainer
@@ -177,44 +177,56 @@ class _Quiet(logging.Filter):
         return not record.getMessage().startswith(("💡", "TPU available", "HPU available", "`weights_only` was not set"))
 
 
+class ReadingCLI(OPDCLI):
+    """Parses the words of ``opd fit`` and builds the recipes, and stops there: no trainer, no weights, no folder."""
+
+    def before_instantiate_classes(self) -> None:
+        """No checkpoint is looked for."""
+
+    def after_instantiate_classes(self) -> None:
+        """No run is moved aside."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None: a configuration for devices that this machine lacks can be read too."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def read(words: list[str]) -> Setup:
+    """What ``opd fit`` with these words would train."""
+    cli = _built(ReadingCLI, ["fit", *words])
+    text = cli._parser("fit").dump(cli.config["fit"], skip_none=False, skip_link_targets=True)
+    built = cli.config_init["fit"]
+    return Setup(yaml.safe_load(text), built["model"], built["rollout"], built["cold_start"])
+
+
 def run_verbs(argv: list[str]) -> OPDCLI:
     """Parse and run one of the verbs that build a module."""
+    return _built(OPDCLI, argv)
+
+
+def _built(cls: type[OPDCLI], argv: list[str]) -> OPDCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_Quiet())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside Lightning 2.6 with torch 2.13
-    return _cli(configfiles.with_carried(configfiles.expand(argv)))
-
-
-def _cli(argv: list[str], run: bool = True) -> OPDCLI:
+    argv = configfiles.with_carried(configfiles.expand(argv))
     # In sys.argv, not in args=: the ddp and fsdp launchers start the other ranks with the same sys.argv.
     sys.argv = [sys.argv[0], *argv]
     base = {"default_config_files": [str(configfiles.find(BASE))]}
-    return OPDCLI(
+    return cls(
         OPDModule,
         PromptDataModule,
         trainer_class=OPDTrainer,
         trainer_defaults=DEFAULTS,
         parser_class=Parser,
-        parser_kwargs={verb: dict(base) for verb in OPDCLI.subcommands()} if run else base,
-        run=run,
+        parser_kwargs={verb: dict(base) for verb in cls.subcommands()},
         save_config_callback=CarriedConfig,
         auto_configure_optimizers=False,
         seed_everything_default=0,
     )
-
-
-def resolve(words: list[str]) -> Resolved:
-    """What ``opd fit`` would run with these words: parsed, built and checked, but not started."""
-    argv = sys.argv
-    logging.disable(logging.INFO)  # what is said about devices and seeds belongs to the run itself
-    try:
-        cli = _cli(configfiles.expand(words), run=False)
-        rollout: RolloutRefresh = cli.config_init["rollout"]
-        rollout.check_source(cli.model)
-    finally:
-        logging.disable(logging.NOTSET)
-        sys.argv = argv
-    config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_link_targets=True))
-    return Resolved(config, str(cli.model.objective.declared_target))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,8 +236,8 @@ def main(argv: list[str] | None = None) -> int:
 
     CarriedConfig.started = False
     try:
-        if argv and argv[0] in commands.COMMANDS:
-            return commands.run(argv, resolve)
+        if argv and argv[0] in {**commands.COMMANDS, **commands.OWN_PARSER}:
+            return commands.run(argv, read)
         cli = run_verbs(argv)
     except (ValueError, OSError, ImportError, TypeError, KeyError, yaml.YAMLError) as error:
         if CarriedConfig.started or os.environ.get("OPD_TRACEBACK"):

@@ -1,17 +1,24 @@
-"""Verbs of ``opd`` that build no module of their own: listing configurations, reports, races, the zoo."""
+"""Verbs of ``opd`` that train nothing themselves: configurations, reports, races, the zoo, audits."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
 
 from opd_lightning import configfiles
-from opd_lightning.inspect.race import Resolve, Settings
+from opd_lightning.inspect.race import Settings
 from opd_lightning.inspect.race import run as run_race
+from opd_lightning.inspect.setups import Setup, side_by_side
 from opd_lightning.zoo.build import build, show
+
+Reader = Callable[[list[str]], Setup]
 
 
 def configs() -> None:
@@ -59,7 +66,7 @@ checkpoint, and a run whose configuration changed starts anew (the old one is mo
 Exit code: 0 all finished, 1 some failed, 2 refused before the first run, 130 or 143 stopped."""
 
 
-def race(argv: list[str], resolve: Resolve) -> int:
+def race(argv: list[str], read: Reader) -> int:
     """Train several methods with several seeds and compare them (see `RACE`)."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -83,15 +90,105 @@ def race(argv: list[str], resolve: Resolve) -> int:
     add("--folder", type=Path, default=Path("runs/race"), help="where everything goes (default: %(default)s)")
     given, flags = parser.parse_known_args(argv)
     settings = Settings(given.config, given.methods, given.seeds, given.folder, given.max_steps, tuple(flags))
-    return 0 if run_race(settings, resolve) else 1
+    return 0 if run_race(settings, read) else 1
 
 
-COMMANDS: dict[str, Any] = {"configs": configs, "race": race, "report": report, "zoo": {"build": build, "list": show}}
+AUDIT_HELP = """
+Audits a token loss of your own: its gradient is computed on every completion of a small world and compared with exact ones.
+
+    opd audit-loss my_loss.py:distill
+
+with, in my_loss.py,
+
+    def distill(student_logits, teacher_logits, tokens, mask):
+        p = student_logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        q = teacher_logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+        return ((p - q).detach() * p * mask).sum() / mask.sum()
+
+Logits are [B, T, V], tokens and mask [B, T]; position t scores tokens[:, t], so nothing is shifted; the mask is True at
+completion tokens; the scalar is minimised. A top-k loss shows what it does only if its k is smaller than --vocab.
+"""
+AUDIT_EXIT = """
+It says which gradient the loss follows in expectation over the student's own samples, how noisy it is, whether the teacher is
+in the gradient, whether padding leaks, and whether logits of -inf break it; and it names well-known defects.
+
+exit code: 0 no defect found, 1 a defect was found, 2 the loss cannot be audited
+"""
 
 
-def run(argv: list[str], resolve: Resolve) -> int:
-    """Run one of `COMMANDS` with its arguments; ``resolve`` reads configurations as ``opd fit`` does."""
-    if argv[0] == "race":
-        return race(argv[1:], resolve)
-    auto_cli(COMMANDS[argv[0]], args=argv[1:], prog=f"opd {argv[0]}", as_positional=True)
+def audit_loss(words: list[str], read: Reader) -> int:
+    """``opd audit-loss``."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("opd audit-loss", description=AUDIT_HELP, epilog=AUDIT_EXIT, formatter_class=layout)
+    parser.add_argument("loss", metavar="FILE.py:FUNCTION", help="the loss to audit")
+    parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
+    parser.add_argument("--vocab", type=int, default=5, help="tokens of the small world, 4 to 16 (default: 5)")
+    given = parser.parse_args(words)
+    from opd_lightning.inspect.audit import audit
+    from opd_lightning.inspect.audit_text import load_loss, table
+
+    found = audit(load_loss(given.loss), given.vocab)
+    print(json.dumps(found.to_dict(), indent=2) if given.json else table(found, given.loss))
+    return 0 if found.sound else 1
+
+
+def diff(words: list[str], read: Reader) -> int:
+    """``opd diff``."""
+    about = "Compares two configurations in terms of what they train: only what differs, then what each of them descends."
+    parser = argparse.ArgumentParser(
+        "opd diff", description=about, epilog="example: opd diff methods/opd.yaml methods/gkd.yaml"
+    )
+    parser.add_argument("first", help="a configuration: a file, or a shipped name (see `opd configs`)")
+    parser.add_argument("second", help="another one")
+    given = parser.parse_args(words)
+    setups = []
+    for name in (given.first, given.second):
+        try:
+            setups.append(read(["-c", name]))
+        except (Exception, SystemExit):
+            print(f"opd diff: the configuration that cannot be used is {name}", file=sys.stderr)
+            raise
+    print(side_by_side((given.first, given.second), (setups[0], setups[1]), shutil.get_terminal_size((120, 24)).columns))
+    return 0
+
+
+def validate_config(words: list[str], read: Reader) -> int:
+    """``opd validate-config``."""
+    about = "Checks the configuration of a run without loading any weights, and says what it descends."
+    more = (
+        "example: opd validate-config -c quickstart.yaml --model.objective.support SampledToken\n"
+        "All other keys of `opd fit` are understood too. exit code: 0 accepted, 2 refused, with the line to write instead"
+    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("opd validate-config", description=about, epilog=more, formatter_class=layout)
+    parser.add_argument("-c", "--config", action="append", help="a file or a shipped name; several are laid over each other")
+    if {"-h", "--help"} & set(words):
+        parser.print_help()
+        return 0
+    print("\n".join(read(words).declared()))
+    return 0
+
+
+COMMANDS: dict[str, Any] = {"configs": configs, "report": report, "zoo": {"build": build, "list": show}}
+"""Verbs whose arguments are read from the signature."""
+OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
+    "audit-loss": audit_loss,
+    "diff": diff,
+    "race": race,
+    "validate-config": validate_config,
+}
+"""Verbs that read their own words and return the exit code."""
+
+
+def run(argv: list[str], read: Reader) -> int:
+    """Run one of `COMMANDS` or `OWN_PARSER` with its arguments.
+
+    Args:
+        argv: the verb and its words.
+        read: turns the words of ``opd fit`` into what they would train.
+    """
+    verb, words = argv[0], argv[1:]
+    if verb in OWN_PARSER:
+        return OWN_PARSER[verb](words, read)
+    auto_cli(COMMANDS[verb], args=words, prog=f"opd {verb}", as_positional=True)
     return 0

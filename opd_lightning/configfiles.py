@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 EXTENDS = re.compile(r"^#\s*extends:\s*(.+?)\s*$", re.MULTILINE)
+CONTENT = re.compile(r"^[^#\s]", re.MULTILINE)
 CONFIG_FLAGS = ("-c", "--config")
 
 
@@ -52,7 +53,7 @@ def with_parents(file: Path, seen: tuple[Path, ...] = ()) -> list[Path]:
     if file in seen:
         raise ValueError(f"configurations extend each other in a circle: {' -> '.join(f.name for f in (*seen, file))}")
     text = file.read_text(encoding="utf-8")
-    header = text[: m.start()] if (m := re.search(r"^[^#\s]", text, re.MULTILINE)) else text
+    header = text[: m.start()] if (m := CONTENT.search(text)) else text
     out: list[Path] = []
     for match in EXTENDS.finditer(header):
         for name in match.group(1).split(","):
@@ -82,7 +83,8 @@ def expand(argv: list[str]) -> list[str]:
         if not name:
             raise ValueError(f"{flag} needs the name of a configuration (see `opd configs`)")
         for file in with_parents(find(name)):
-            out += ["--config", str(file)]
+            if CONTENT.search(file.read_text(encoding="utf-8")):  # a file of comments only extends others
+                out += ["--config", str(file)]
     return out
 
 

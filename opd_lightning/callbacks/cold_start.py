@@ -45,7 +45,12 @@ class ColdStart(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, OPDModule)
-        if stage == "fit" and self.steps and not pl_module.phases:
+        if stage == "fit":
+            self.announce(pl_module)
+
+    def announce(self, pl_module: OPDModule) -> None:
+        """Make the phase known to the module."""
+        if self.steps and not pl_module.phases:
             pl_module.phases.append(Phase("cold start", self.steps, self.source, self.objective))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Rollout, batch_idx: int) -> None:

@@ -80,7 +80,8 @@ class RolloutRefresh(pl.Callback):
         self.buffer.refill = lambda refresh: self.refresh(trainer, pl_module, refresh)
         data.buffer = self.buffer
         data.total_micro_batches = trainer.max_steps * plan.accumulate if trainer.max_steps > 0 else 10**9
-        self.check_source(pl_module)
+        for line in self.declare(pl_module):
+            rank_zero_info(line)
 
     def _plan(self, trainer: pl.Trainer, batch_size: int, micro_batch_size: int) -> Plan:
         world = trainer.world_size
@@ -105,14 +106,20 @@ class RolloutRefresh(pl.Callback):
             )
         return Plan(batch_size, micro, self.every_n_steps, self.passes, trainer.global_rank, world)
 
-    def check_source(self, pl_module: Any) -> None:
-        """Refuse an objective that does not fit who writes its completions; say what is descended."""
+    def declare(self, pl_module: Any) -> list[str]:
+        """What every phase descends, a line each, the run's own objective last. Needs neither trainer nor weights.
+
+        Raises:
+            DegenerateObjective: if an objective does not fit its source.
+            ValueError: if a phase ends inside a refresh.
+        """
         for phase in pl_module.phases:
             if phase.end % self.every_n_steps:
                 raise ValueError(
                     f"{phase.name} ends at step {phase.end}, inside a refresh: make it a multiple of rollout.every_n_steps="
                     f"{self.every_n_steps}, so that every phase begins with its own rollouts"
                 )
+        lines = []
         stretches = [(p.name, p.source, p.objective) for p in pl_module.phases]
         for name, source, objective in [*stretches, ("this objective", self.source, pl_module.objective)]:
             refuse_unfit_source(
@@ -121,13 +128,14 @@ class RolloutRefresh(pl.Callback):
                 others_write=source.others_write,
                 steps_per_refresh=self.every_n_steps,
             )
-            rank_zero_info(f"{name} descends: {objective.declared_target}")
+            lines.append(f"{name} descends: {objective.declared_target}")
             if source.student_writes and objective.needs_teacher and self._sampling_differs(objective.temperature):
                 rank_zero_warn(
                     f"completions are sampled at temperature {self.sampler.temperature:g}, top_p {self.sampler.top_p:g}, top_k "
                     f"{self.sampler.top_k}, but scored at temperature {objective.temperature:g}: the states are not the "
                     "student's own. Set them equal (rollout.sampler, model.objective.temperature) to be on-policy."
                 )
+        return lines
 
     def _sampling_differs(self, temperature: float) -> bool:
         return self.sampler.temperature != temperature or self.sampler.top_p < 1.0 or self.sampler.top_k > 0

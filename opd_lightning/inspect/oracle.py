@@ -109,8 +109,8 @@ class TabularWorld:
                     f"{name} table has shape {tuple(table.shape)}; vocabulary {self.vocab}, horizon {horizon} and eos "
                     f"{eos} make {len(self.states)} prefixes: {(len(self.states), self.vocab)}"
                 )
-        self.student = student.double().requires_grad_(True)
-        self.teacher = teacher.double()
+        self.student = student.detach().double().clone().requires_grad_(True)  # the caller's table stays as it is
+        self.teacher = teacher.detach().double()
         self._number = {prefix: i for i, prefix in enumerate(self.states)}
         self.paths = self._enumerate()
 

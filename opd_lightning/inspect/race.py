@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from opd_lightning import configfiles
 from opd_lightning.inspect import standings, subrun
 from opd_lightning.inspect.report import can_draw, curves
+from opd_lightning.inspect.setups import Setup
 from opd_lightning.inspect.standings import DONE, FAILED, LABEL, OPEN, Result
 
 OFF = ["--report.controls", "{}", "--report.fields", "{}", "--report.label", LABEL, "--eval.every_n_steps", "0"]
@@ -34,21 +35,8 @@ POLL_SECONDS = 2.0
 ERROR_LINE = re.compile(r"(\[rank\d+\]: |opd: )?[\w.]*(Error|Exception|Objective|Interrupt|Exit): |opd: ")
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """What ``opd fit`` makes of its words.
-
-    Attributes:
-        config: the whole configuration.
-        target: what the objective descends, in words.
-    """
-
-    config: dict[str, Any]
-    target: str
-
-
-Resolve = Callable[[list[str]], Resolved]
-"""Parses and checks the words of a run without starting it."""
+Read = Callable[[list[str]], Setup]
+"""Parses the words of a run without starting it."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +68,18 @@ class Run:
         method, seed: which one.
         folder: of the run.
         words: behind ``opd fit``.
-        resolved: what they mean.
+        setup: what they mean.
     """
 
     method: str
     seed: int
     folder: Path
     words: tuple[str, ...]
-    resolved: Resolved
+    setup: Setup
 
     @property
     def steps(self) -> int:
-        steps: int = self.resolved.config["trainer"]["max_steps"]
+        steps: int = self.setup.config["trainer"]["max_steps"]
         return steps
 
     @property
@@ -101,7 +89,7 @@ class Run:
             found = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             return False
-        return isinstance(found, dict) and _essence(found) == _essence({**self.resolved.config, "seed_everything": self.seed})
+        return isinstance(found, dict) and _essence(found) == _essence({**self.setup.config, "seed_everything": self.seed})
 
     @property
     def finished(self) -> bool:
@@ -109,8 +97,9 @@ class Run:
 
     def result(self, error: str = "") -> Result:
         """The run as it stands."""
-        completions = self.steps * self.resolved.config["data"]["batch_size"]
-        result = Result(self.method, self.seed, self.resolved.target, completions, FAILED if error else OPEN, error)
+        completions = self.steps * self.setup.config["data"]["batch_size"]
+        target = str(self.setup.module.objective.declared_target)
+        result = Result(self.method, self.seed, target, completions, FAILED if error else OPEN, error)
         if not self.finished:
             return result
         found = standings.measurements(self.folder)
@@ -128,7 +117,7 @@ def _essence(config: dict[str, Any]) -> dict[str, Any]:
 # ---- planning --------------------------------------------------------------------------------------------------------------
 
 
-def plan(settings: Settings, resolve: Resolve) -> list[Run]:
+def plan(settings: Settings, read: Read) -> list[Run]:
     """All runs of a race, the first seed of every method before the second, so that an early look compares all methods.
 
     Raises:
@@ -144,13 +133,13 @@ def plan(settings: Settings, resolve: Resolve) -> list[Run]:
     if settings.max_steps is not None and settings.max_steps < 1:
         raise ValueError(f"--max_steps {settings.max_steps}: a run needs at least 1 optimizer step, e.g. --max_steps 100")
     methods = _methods(settings.methods)
-    checked = {method: _checked(settings, file, resolve) for method, file in methods.items()}
+    checked = {method: _checked(settings, file, read) for method, file in methods.items()}
     runs = []
     for seed in dict.fromkeys(settings.seeds):
-        for method, (words, resolved) in checked.items():
+        for method, (words, setup) in checked.items():
             folder = settings.folder / method / f"seed-{seed}"
             own = ("--seed_everything", str(seed), "--trainer.default_root_dir", str(folder))
-            runs.append(Run(method, seed, folder, (*words, *own), resolved))
+            runs.append(Run(method, seed, folder, (*words, *own), setup))
     return runs
 
 
@@ -171,14 +160,15 @@ def _methods(names: list[str]) -> dict[str, str]:
     return found
 
 
-def _checked(settings: Settings, file: str, resolve: Resolve) -> tuple[list[str], Resolved]:
+def _checked(settings: Settings, file: str, read: Read) -> tuple[list[str], Setup]:
     """The words of a method's runs, but for seed and folder, and what they mean."""
     who = f"{file} over {' '.join(settings.configs) or 'base.yaml'}"
     words = [word for name in (*settings.configs, file) for word in ("-c", name)] + [*settings.flags, *OFF]
     if settings.max_steps is not None:
         words += ["--trainer.max_steps", str(settings.max_steps)]
     try:
-        found = resolve(words)
+        found = read(words)
+        found.declared()
     except SystemExit:  # the parser has said what is wrong
         print(f"(in {who}; no run was started)", file=sys.stderr)
         raise
@@ -203,13 +193,13 @@ def _checked(settings: Settings, file: str, resolve: Resolve) -> tuple[list[str]
 # ---- running ---------------------------------------------------------------------------------------------------------------
 
 
-def run(settings: Settings, resolve: Resolve) -> bool:
+def run(settings: Settings, read: Read) -> bool:
     """Run what is not finished yet, keep the tables up to date, and show the last one.
 
     Returns:
         Whether every run is finished; a failed one does not stop the others.
     """
-    runs = plan(settings, resolve)
+    runs = plan(settings, read)
     draw = can_draw("race.png")
     errors: dict[tuple[str, int], str] = {}
 

@@ -22,6 +22,7 @@ from opd_lightning.objectives.credits import (
     ReturnToGo,
     TotalReturn,
 )
+from opd_lightning.objectives.defects import DegenerateObjective
 from opd_lightning.objectives.divergences import (
     AdaptiveKL,
     Amari,
@@ -71,7 +72,7 @@ from opd_lightning.objectives.targets import (
     UniformLaw,
 )
 from opd_lightning.objectives.terms import Term, Terms
-from opd_lightning.objectives.validate import DeclaredTarget, DegenerateObjective
+from opd_lightning.objectives.validate import DeclaredTarget
 
 __all__ = [
     "AdaptiveKL",

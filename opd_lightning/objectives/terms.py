@@ -90,6 +90,7 @@ class Terms(Objective):
             parts=tuple(dict.fromkeys(p for d in targets for p in d.parts)),
             biases=tuple(dict.fromkeys(b for d in targets for b in d.biases)),
             defect=next((d.defect for d in targets if d.defect), None),
+            formula=next((d.formula for d in targets if d.formula), None),
             remedy=next((d.remedy for d in targets if d.remedy), None),
         )
 

@@ -1,8 +1,8 @@
-"""What a composition descends, and which compositions are refused.
+"""What a composition descends, in words.
 
 The table behind it: "A Formula-Driven Survey and Research Agenda for On-Policy Distillation" (arXiv 2606.22793) for the
 estimators, "The Many Faces of On-Policy Distillation" (arXiv 2605.11182) for truncated supports. Every entry is compared
-with an exact enumeration in the tests.
+with an exact enumeration in the tests. What is refused, and why, stands in `opd_lightning.objectives.defects`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opd_lightning.objectives.corrections import NoCorrection, TokenRatio
-from opd_lightning.objectives.credits import GAE
-from opd_lightning.objectives.divergences import Divergence, ForwardKL, ReverseKL
+from opd_lightning.objectives.corrections import TokenRatio
+from opd_lightning.objectives.defects import Defect, DegenerateObjective, defect_of, refuse_unfit_part
 from opd_lightning.objectives.reductions import SequenceMean, TokenMean
-from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
-from opd_lightning.objectives.targets import TeacherLaw
+from opd_lightning.objectives.supports import TopK, WrittenToken
 
 if TYPE_CHECKING:
     from opd_lightning.objectives.objective import Objective
-
-
-class DegenerateObjective(ValueError):
-    """A combination that optimises nothing, or something else than its name says."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +28,7 @@ class DeclaredTarget:
         parts: support, credit, baseline and reduction in words.
         biases: what separates the expected gradient from that of the plain divergence.
         defect: why the combination is refused; None if it is sound.
+        formula: the defect as an equation.
         remedy: the configuration line to write instead.
     """
 
@@ -41,123 +36,12 @@ class DeclaredTarget:
     parts: tuple[str, ...]
     biases: tuple[str, ...] = ()
     defect: str | None = None
+    formula: str | None = None
     remedy: str | None = None
 
     def __str__(self) -> str:
         bias = "; ".join(self.biases) or "unbiased"
         return f"{self.name} ({', '.join(self.parts)}): {self.defect or bias}"
-
-
-def defect_of(objective: Objective) -> tuple[str, str] | None:
-    """(defect, remedy) of a combination that must not be trained with, or None."""
-    for check in (_defect_of_topk, _defect_of_text, _defect_of_sampling, _defect_of_idle_axis):
-        if (found := check(objective)) is not None:
-            return found
-    return None
-
-
-def _defect_of_topk(objective: Objective) -> tuple[str, str] | None:
-    divergence, support = objective.divergence, objective.support
-    if not isinstance(support, TopK):
-        return None
-    if support.closure == "renormalize" and support.k == 1 and support.by != "union":
-        return (
-            "renormalised on one entry, student and teacher are both 1 there: loss and gradient are exactly 0",
-            "support.k: 16, or support.closure: tail",
-        )
-    if support.closure == "renormalize_teacher" and not isinstance(divergence, ForwardKL):
-        return (
-            "a teacher renormalised on its top-k is 0 elsewhere, where every divergence but the forward KL is infinite or "
-            "made of the cut alone",
-            "divergence: ForwardKL, or support.closure: tail",
-        )
-    if support.closure in ("raw", "stop_gradient", "sampled_tail") and not divergence.separable:
-        return (
-            f"the {divergence.title} is not a sum over entries: no part of a law alone has one",
-            "support.closure: tail (or renormalize)",
-        )
-    if support.closure == "raw":
-        return _truncation_defect(divergence), "support.closure: tail (or renormalize, stop_gradient)"
-    return None
-
-
-def _defect_of_text(objective: Objective) -> tuple[str, str] | None:
-    if not isinstance(objective.support, WrittenToken):
-        return None
-    if not isinstance(objective.divergence, ForwardKL):
-        return (
-            f"a written token always descends the likelihood of the text, not a {objective.divergence.title}",
-            "divergence: ForwardKL",
-        )
-    if objective.credit.gamma > 0.0:
-        return "a written text is not moved by the student: no token answers for later ones", "credit: Immediate"
-    if not isinstance(objective.target, TeacherLaw):
-        return "a written token is its own target; no law is compared with it", "target: TeacherLaw"
-    if any(gate.needs_teacher for gate in objective.gates):
-        return "a written token has no teacher's law that a gate could look at", "gates: [] (or gates of position)"
-    return None
-
-
-def _defect_of_sampling(objective: Objective) -> tuple[str, str] | None:
-    """Combinations of sampled tokens that are unbounded or biased by themselves."""
-    divergence, support, credit = objective.divergence, objective.support, objective.credit
-    if support.sampled and not divergence.separable:
-        return (
-            f"the {divergence.title} couples all entries: a single token has no advantage",
-            "support: FullVocab, or support: {class_path: TopK, init_args: {k: 16, closure: tail}}",
-        )
-    if support.sampled and divergence.heavy_tailed:
-        return (
-            f"the {divergence.title} on a token that the student sampled grows with the importance weight q / p: its variance "
-            "has no bound",
-            "support: FullVocab, or support: {class_path: TopK, init_args: {k: 16, by: teacher}}",
-        )
-    if isinstance(credit, GAE) and objective.baseline.present:
-        return "GAE subtracts its own value; a second baseline would count the state twice", "baseline: NoBaseline"
-    if objective.baseline.present and isinstance(objective.reduction, SequenceMean):
-        return (
-            "with the sequence mean a token's weight 1 / length depends on what was sampled, so a baseline changes the "
-            "expected gradient",
-            "reduction: TokenMean, or baseline: NoBaseline",
-        )
-    if objective.route.title and not isinstance(divergence, ReverseKL):
-        return f"routes are derived for the reverse KL, not for the {divergence.title}", "divergence: ReverseKL"
-    if objective.route.title and not (objective.baseline.present or isinstance(credit, GAE)):
-        return (
-            "without a baseline a negative signal only says that the student likes a token more than the teacher does, not "
-            "that less of it helps: about one routed step in ten then raises the divergence",
-            "baseline: ClosedFormBaseline",
-        )
-    return None
-
-
-def _defect_of_idle_axis(objective: Objective) -> tuple[str, str] | None:
-    """Choices that would silently do nothing."""
-    on_token = isinstance(objective.support, SampledToken)
-    for used, what, line in (
-        (objective.baseline.present, "a baseline", "baseline: NoBaseline"),
-        (bool(objective.shaper.title), "a shaper", "shaper: NoShape"),
-        (bool(objective.route.title), "a route", "route: Vanilla"),
-        (isinstance(objective.credit, GAE), "GAE", "credit: ReturnToGo"),
-    ):
-        if used and not on_token:
-            return f"{what} only acts on sampled tokens; exact sums have no sampling noise", line
-    if not isinstance(objective.correction, TokenRatio) and not objective.needs_sampler:
-        return "a correction weighs sampled tokens, and this objective has none", "correction: TokenRatio"
-    return None
-
-
-def _truncation_defect(divergence: Divergence) -> str:
-    """What a sum of textbook entries over a part of the vocabulary descends besides the divergence."""
-    if divergence.slope == 0.0:
-        return f"for a {divergence.title} the raw closure is the stop_gradient closure under another name"
-    if divergence.slope > 0.0:
-        return f"a truncated {divergence.title} pulls all mass onto the support, also where student and teacher agree"
-    optimum = " (its optimum is p = q / e there)" if isinstance(divergence, ReverseKL) else ""
-    return (
-        f"a truncated {divergence.title} descends the student's own mass on the support{optimum}, also where student and "
-        "teacher agree"
-    )
 
 
 def _biases(objective: Objective) -> tuple[str, ...]:
@@ -219,20 +103,20 @@ def declare(objective: Objective) -> DeclaredTarget:
         name="none" if problem else name,
         parts=tuple(part for part in parts if part),
         biases=_biases(objective),
-        defect=problem[0] if problem else None,
-        remedy=problem[1] if problem else None,
+        defect=problem.cause if problem else None,
+        formula=problem.formula if problem else None,
+        remedy=problem.remedy if problem else None,
     )
 
 
 def refuse_if_degenerate(objective: Objective) -> None:
     """Raises:
-    DegenerateObjective: naming defect and remedy, unless the objective allows it.
+    DegenerateObjective: naming defect, formula and remedy, unless the objective allows it.
     """
-    target = declare(objective)
-    if target.defect and not objective.allow_degenerate:
+    problem = defect_of(objective)
+    if problem and not objective.allow_degenerate:
         raise DegenerateObjective(
-            f"{type(objective.divergence).__name__} with {', '.join(target.parts)} is refused: {target.defect}.\n"
-            f"  Write instead: {target.remedy}\n"
+            f"{type(objective.divergence).__name__} with {', '.join(declare(objective).parts)} is refused: {problem}\n"
             "  To train it all the same (to study the failure), set `objective.allow_degenerate: true`."
         )
 
@@ -254,35 +138,10 @@ def refuse_unfit_source(objective: Objective, *, student_writes: bool, others_wr
     for part, rows in objective.flat():
         own, foreign = student_writes and rows != "others", others_write and rows != "student"
         if not own and not foreign:
-            raise DegenerateObjective(
-                f"a term learns from {'the student' if rows == 'student' else 'other writers'} alone, who write nothing here.\n"
-                "  Write instead: rollout.source: MixtureSource, or leave the term out"
+            problem = Defect(
+                f"a term learns from {'the student' if rows == 'student' else 'other writers'} alone, who write nothing here",
+                "a sum over no rows is 0",
+                "rollout.source: MixtureSource, or leave the term out",
             )
-        _refuse_unfit_source(part, own, foreign, steps_per_refresh)
-
-
-def _refuse_unfit_source(objective: Objective, student_writes: bool, others_write: bool, steps_per_refresh: int) -> None:
-    support, gamma = objective.support, objective.credit.gamma
-    if isinstance(support, WrittenToken) and student_writes:
-        raise DegenerateObjective(
-            "WrittenToken on the student's own completions has expected gradient zero: the student imitates itself.\n"
-            "  Write instead: rollout.source: TeacherSource (or DatasetSource), or support: FullVocab"
-        )
-    if gamma > 0.0 and others_write:
-        raise DegenerateObjective(
-            f"credit {objective.credit.title} follows how the student's tokens move its later states, but the source also "
-            "hands out completions that the student did not write.\n"
-            "  Write instead: rollout.source: StudentSource, or credit: Immediate"
-        )
-    if gamma > 0.0 and steps_per_refresh > 1 and isinstance(objective.correction, TokenRatio):
-        raise DegenerateObjective(
-            f"credit {objective.credit.title} needs completions of the current student, but a refresh serves "
-            f"{steps_per_refresh} optimizer steps.\n"
-            "  Write instead: rollout.every_n_steps: 1 and rollout.passes: 1, or credit: Immediate, or name a correction: "
-            "PrefixProduct (exact, noisy), PPOClip, TruncatedRatio"
-        )
-    if objective.needs_sampler and steps_per_refresh > 1 and isinstance(objective.correction, NoCorrection):
-        raise DegenerateObjective(
-            f"NoCorrection takes every token for the student's own, but a refresh serves {steps_per_refresh} optimizer steps.\n"
-            "  Write instead: correction: TokenRatio (or PPOClip, TruncatedRatio), or rollout.every_n_steps: 1"
-        )
+            raise DegenerateObjective(str(problem))
+        refuse_unfit_part(part, own, foreign, steps_per_refresh)

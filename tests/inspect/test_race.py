@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from opd_lightning.cli import main, resolve
+from opd_lightning.cli import main, read
 from opd_lightning.inspect import race, standings
 from opd_lightning.inspect.standings import DONE, FAILED, Result
 
@@ -130,7 +130,7 @@ def test_finished_runs_stay_an_interrupted_one_goes_on_and_a_failing_one_stops_n
 def test_only_the_same_configuration_counts_as_finished(there: Path, tmp_path: Path) -> None:
     def planned(**changes: Any) -> race.Run:
         settings = race.Settings(["small.yaml"], ["methods/seqkd.yaml"], [0], Path("race"), **changes)
-        return race.plan(settings, resolve)[0]
+        return race.plan(settings, read)[0]
 
     assert planned().finished and planned(max_steps=2).finished
     for changed in ({"max_steps": 3}, {"flags": ("--model.optimizer", "SGD", "--model.optimizer.lr", "0.1")}):
