@@ -178,7 +178,8 @@ class _Quiet(logging.Filter):
 
 def run_verbs(argv: list[str]) -> OPDCLI:
     """Parse and run one of the verbs that build a module."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_Quiet())
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_Quiet())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside Lightning 2.6 with torch 2.13
     argv = configfiles.with_carried(configfiles.expand(argv))
     # In sys.argv, not in args=: the ddp and fsdp launchers start the other ranks with the same sys.argv.
