@@ -210,7 +210,8 @@ def run_verbs(argv: list[str]) -> OPDCLI:
 
 
 def _built(cls: type[OPDCLI], argv: list[str]) -> OPDCLI:
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_Quiet())
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_Quiet())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside Lightning 2.6 with torch 2.13
     argv = configfiles.with_carried(configfiles.expand(argv))
     # In sys.argv, not in args=: the ddp and fsdp launchers start the other ranks with the same sys.argv.

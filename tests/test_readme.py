@@ -45,6 +45,9 @@ def test_command(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, ca
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(folder / "small", run)
     shutil.copy(run / "checkpoints/step-000002.ckpt", run / "checkpoints/step-000150.ckpt")
+    real = folder / "runs/smollm2_system_prompt/checkpoints"
+    real.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run / "checkpoints/step-000002.ckpt", real / "step-000060.ckpt")
     words = shlex.split(command)[1:]
     if words[0] == "fit":
         words = [*words, *SMALL]

@@ -130,7 +130,7 @@ class PowerDifference(Shaper):
         return ((self.power * teacher).exp() - (self.power * student).exp()) / self.power
 
 
-def positive(name: str, value: float | int) -> float:
+def positive(name: str, value: float) -> float:
     """Check an argument."""
     if value <= 0:
         raise ValueError(f"{name}({value}): must be greater than 0")
