@@ -21,8 +21,25 @@ from opd_lightning.zoo.build import build, show
 Reader = Callable[[list[str]], Setup]
 
 
-def configs() -> None:
-    """List the configurations that ship with the package, one line each."""
+def configs(words: list[str], read: Reader) -> int:
+    """``opd configs``."""
+    about = "Lists the configurations that ship with the package, one line each."
+    parser = argparse.ArgumentParser("opd configs", description=about)
+    parser.add_argument(
+        "--methods", action="store_true", help="the methods as a table: states, divergence, support, credit, ..."
+    )
+    parser.add_argument("--measure", metavar="FILE.md", type=Path, help="write bias and noise of every method there (a minute)")
+    given = parser.parse_args(words)
+    if given.methods or given.measure:
+        from opd_lightning.inspect import catalogue
+
+        methods = catalogue.shipped(read)
+        if given.measure:
+            given.measure.write_text(catalogue.measured_page(methods), encoding="utf-8")
+            print(f"wrote {given.measure}")
+        else:
+            print(catalogue.markdown([method.row() for method in methods]))
+        return 0
     files = configfiles.shipped()
     width = max(map(len, files))
     group = ""
@@ -32,6 +49,7 @@ def configs() -> None:
             print()
         print(f"{name.ljust(width)}  {configfiles.summary(file)}")
     print("\nUse one with `opd fit -c NAME`; lay several over each other with several -c, the later one wins.")
+    return 0
 
 
 def report(run: str, label: str = "opd", controls: list[str] | None = None) -> None:
@@ -169,10 +187,11 @@ def validate_config(words: list[str], read: Reader) -> int:
     return 0
 
 
-COMMANDS: dict[str, Any] = {"configs": configs, "report": report, "zoo": {"build": build, "list": show}}
+COMMANDS: dict[str, Any] = {"report": report, "zoo": {"build": build, "list": show}}
 """Verbs whose arguments are read from the signature."""
 OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "audit-loss": audit_loss,
+    "configs": configs,
     "diff": diff,
     "race": race,
     "validate-config": validate_config,
