@@ -158,7 +158,7 @@ class TopK(Support):
         s = self._close(student.gather(-1, ids), counts, is_teacher=False)
         t = self._close(teacher.gather(-1, ids), counts, is_teacher=True)
         integrand = divergence.raw if self.closure in ("raw", "renormalize_teacher") else divergence.entry
-        value = integrand(s, t).sum(-1)
+        value = integrand(s, t).sum(-1).where(counts.any(-1), 0.0)  # an empty intersection compares nothing
         if self.closure != "sampled_tail":
             return Scores(direct=value, reward=None, cost=value.detach())
         inside = ((ids == tokens[:, None]) & counts).any(-1)

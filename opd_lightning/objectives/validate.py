@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from opd_lightning.objectives.corrections import NoCorrection, TokenRatio
-from opd_lightning.objectives.credits import GAE
+from opd_lightning.objectives.baselines import ClosedFormBaseline
+from opd_lightning.objectives.corrections import NoCorrection, PrefixProduct, TokenRatio
+from opd_lightning.objectives.credits import GAE, Discounted, TotalReturn
 from opd_lightning.objectives.divergences import ForwardKL, GeneralizedJSD, ReverseKL
+from opd_lightning.objectives.gates import PositionDecay, PositionImportance
 from opd_lightning.objectives.reductions import SequenceMean, TokenMean
 from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
 from opd_lightning.objectives.targets import TeacherLaw
@@ -115,11 +117,17 @@ def _defect_of_sampling(objective: Objective) -> tuple[str, str] | None:
         )
     if isinstance(credit, GAE) and objective.baseline.present:
         return "GAE subtracts its own value; a second baseline would count the state twice", "baseline: NoBaseline"
-    if objective.baseline.present and isinstance(objective.reduction, SequenceMean):
+    if (objective.baseline.present or isinstance(credit, GAE)) and isinstance(objective.reduction, SequenceMean):
         return (
-            "with the sequence mean a token's weight 1 / length depends on what was sampled, so a baseline changes the "
-            "expected gradient",
+            "with the sequence mean a token's weight 1 / length depends on what was sampled, so a baseline (GAE's value is "
+            "one) changes the expected gradient",
             "reduction: TokenMean, or baseline: NoBaseline",
+        )
+    if isinstance(objective.correction, PrefixProduct) and isinstance(credit, (GAE, TotalReturn)):
+        return (
+            f"{credit.title} gives a token what stands before it or at its own state, which the ratios up to there do not "
+            "correct",
+            "credit: ReturnToGo, or correction: TokenRatio",
         )
     if objective.route.title and not isinstance(divergence, ReverseKL):
         return f"routes are derived for the reverse KL, not for the {divergence.title}", "divergence: ReverseKL"
@@ -145,6 +153,8 @@ def _defect_of_idle_axis(objective: Objective) -> tuple[str, str] | None:
             return f"{what} only acts on sampled tokens; exact sums have no sampling noise", line
     if not isinstance(objective.correction, TokenRatio) and not objective.needs_sampler:
         return "a correction weighs sampled tokens, and this objective has none", "correction: TokenRatio"
+    if not objective.needs_sampler and any(isinstance(gate, PositionImportance) for gate in objective.gates):
+        return "PositionImportance follows the advantages of sampled tokens, and this objective has none", "gates: []"
     return None
 
 
@@ -162,19 +172,44 @@ def _biases(objective: Objective) -> tuple[str, ...]:
                 "raw": "descends the student's mass on the support",
             }[support.closure]
         )
-    out.append(credit.bias)
+    out.append("" if _time_discounted(objective) else credit.bias)
     if isinstance(reduction, SequenceMean) and (support.sampled or not support.needs_teacher or credit.gamma > 0.0):
         out.append("the weight 1 / length depends on the drawn tokens where completions can end early")
     if isinstance(reduction, TokenMean):
         out.append("divided by the sampled number of tokens (a ratio estimate, bias of order 1 / batch)")
     if objective.shaper.title:
         out.append("the signal is bent: the same fixed point, not the gradient of the divergence")
-    out.append(objective.route.bias)
-    if objective.gates and all(gate.depends_on == "state" for gate in objective.gates) and credit.gamma == 0.0:
-        out.append("states weigh as the gates say")
-    elif objective.gates:
-        out.append("gates look at drawn tokens: not the gradient of a weighted divergence, though 0 where both models agree")
+    out.append(objective.route.bias or _bias_of_balance(objective))
+    if objective.gates and not _time_discounted(objective):
+        out.append(_bias_of_gates(objective))
     return tuple(bias for bias in out if bias)
+
+
+def _bias_of_balance(objective: Objective) -> str:
+    """Balanced canonical routing is without bias where the routed signal is the exact local advantage."""
+    exact = isinstance(objective.baseline, ClosedFormBaseline) or isinstance(objective.credit, GAE)
+    if not objective.route.balanced or (objective.credit.gamma == 0.0 and exact and not objective.shaper.title):
+        return ""
+    return "the canonical route balances local advantages alone, not those of another baseline, shaper or credit"
+
+
+def _bias_of_gates(objective: Objective) -> str:
+    if any(gate.depends_on != "state" for gate in objective.gates):
+        return "gates look at drawn tokens: not the gradient of a weighted divergence, though 0 where both models agree"
+    if objective.credit.gamma == 0.0:
+        return "states weigh as the gates say"
+    return "gates weigh a token with all that it answers for: not the gradient of a weighted divergence"
+
+
+def _time_discounted(objective: Objective) -> bool:
+    """gamma^t times credit discounted by gamma: the gradient of ``E sum_t gamma^t D(s_t)``."""
+    credit, gates = objective.credit, objective.gates
+    return (
+        len(gates) == 1
+        and isinstance(gates[0], PositionDecay)
+        and isinstance(credit, Discounted)
+        and credit.gamma == gates[0].gamma
+    )
 
 
 def declare(objective: Objective) -> DeclaredTarget:
@@ -192,7 +227,8 @@ def declare(objective: Objective) -> DeclaredTarget:
             "sampled_tail": title,
             "raw": f"truncated {title}",
         }[support.closure]
-    name = f"{title} from the writer of the text" if isinstance(support, WrittenToken) else f"{credit.level} {title}"
+    level = f"time-discounted (gamma={credit.gamma:g}) sequence-level" if _time_discounted(objective) else credit.level
+    name = f"{title} from the writer of the text" if isinstance(support, WrittenToken) else f"{level} {title}"
     parts = [support.title, f"{credit.title} credit", objective.baseline.title, objective.shaper.title]
     parts += [gate.title for gate in objective.gates]
     parts += [objective.route.title, objective.reduction.title]
