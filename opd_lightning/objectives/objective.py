@@ -304,7 +304,7 @@ class Objective(Configurable):
     def _state_cost(self, scores: Scores, student: Tensor, aim: Tensor) -> Tensor:
         """The mean over tokens of what is under ``_cost``."""
         if scores.direct is not None and not self.support.sampled:
-            return scores.direct
+            return scores.direct.detach()
         if self.shaper.title and scores.direct is None:
             return -(student.exp() * self.shaper.shape(-self.divergence.value(student, aim), student, aim)).sum(-1)
         return self.divergence.entry(student, aim).sum(-1)
