@@ -269,7 +269,7 @@ class SkipFirst(Gate):
     needs_teacher = False
 
     def __init__(self, count: int) -> None:
-        self.count = int(positive("SkipFirst", count))
+        self.count = int(positive("SkipFirst", float(count)))
         self.title = f"without the first {count} tokens"
 
     def weight(self, view: View) -> Float[Tensor, "B T"]:
@@ -287,7 +287,7 @@ class FirstTokens(Gate):
     needs_teacher = False
 
     def __init__(self, count: int) -> None:
-        self.count = int(positive("FirstTokens", count))
+        self.count = int(positive("FirstTokens", float(count)))
         self.title = f"the first {count} tokens"
 
     def weight(self, view: View) -> Float[Tensor, "B T"]:

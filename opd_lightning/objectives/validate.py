@@ -52,7 +52,7 @@ class DeclaredTarget:
 
 def defect_of(objective: Objective) -> tuple[str, str] | None:
     """(defect, remedy) of a combination that must not be trained with, or None."""
-    for check in (_defect_of_topk, _defect_of_text, _defect_of_sampling, _defect_of_idle_axis):
+    for check in (_defect_of_topk, _defect_of_text, _defect_of_idle_axis, _defect_of_sampling):
         if (found := check(objective)) is not None:
             return found
     return None
