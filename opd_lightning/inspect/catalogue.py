@@ -7,6 +7,7 @@ compared with that of the full-vocabulary reverse KL on the student's own text.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from opd_lightning.inspect.oracle import TabularWorld, Writer, reverse_kl
 from opd_lightning.inspect.setups import Setup
 from opd_lightning.models import FrozenTeacher, Student
 from opd_lightning.module import OPDModule
-from opd_lightning.objectives import GAE, ClosedFormBaseline, Objective, ReverseKL, TopK
+from opd_lightning.objectives import GAE, ClosedFormBaseline, Objective, ReverseKL, Terms, TopK
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold
 from opd_lightning.sources import MixtureSource, Source
@@ -32,6 +33,8 @@ from opd_lightning.types import Completion, Prompt, Rollout
 WORLDS, VOCAB, HORIZON = 4, 5, 3
 """Random worlds that are averaged, their vocabulary (one of it ends the completion) and their horizon."""
 PROMPTS = 64
+WORLD_K, PAIR_K = 2, 4
+"""Top-k sets are cut to these sizes: the worlds have 5 tokens, the pair 21."""
 PAIR = ("zoo/addition/student", "zoo/addition/teacher")
 
 
@@ -135,16 +138,29 @@ def measure(method: Method, pair: Bench) -> Measured:
         exact = [world.gradient(reverse_kl, gamma) for gamma in (0.0, 1.0)]
         row = [_distance(mean, g) for g in exact] + [_cosine(mean, g) for g in exact] + [noise]
         sums = [s + value / WORLDS for s, value in zip(sums, row, strict=True)]
-    return Measured(*sums, pair.cosine(method))
+    token, sequence, token_cosine, sequence_cosine, noise = sums
+    return Measured(token, sequence, token_cosine, sequence_cosine, noise, pair.cosine(method))
 
 
 def _expected(world: TabularWorld, method: Method, reference: Tensor) -> tuple[Tensor, float]:
     """Expected gradient and relative noise, each writer weighing as its share of the completions."""
     mean, trace = torch.zeros_like(world.teacher), 0.0
     for writer, share in _writers(method.setup.rollout.source):
-        found = world.moments_of(method.objective, writer, reference=reference, progress=0.5)
+        found = world.moments_of(_shrunk(method.objective, WORLD_K), writer, reference=reference, progress=0.5)
         mean, trace = mean + share * found.mean, trace + share * found.trace
     return mean, trace / float(mean.square().sum())
+
+
+def _shrunk(objective: Objective, k: int) -> Objective:
+    """The same with top-k sets that a small vocabulary does not swallow."""
+    small = copy.copy(objective)
+    if isinstance(objective, Terms):
+        small.terms = [copy.copy(term) for term in objective.terms]  # type: ignore[attr-defined]
+        for term in small.terms:  # type: ignore[attr-defined]
+            term.objective = _shrunk(term.objective, k)
+    elif isinstance(objective.support, TopK):
+        small.support = TopK(min(k, objective.support.k), objective.support.by, objective.support.closure)
+    return small
 
 
 def _writers(source: Source) -> list[tuple[Writer, float]]:
@@ -202,7 +218,7 @@ class Bench:
     def cosine(self, method: Method) -> float:
         """Of a method's gradient with that of the full-vocabulary reverse KL on the student's text."""
         written = method.setup.rollout.source.produce(self.prompts, self)
-        return _cosine(self._gradient(method.objective, written), self.exact)
+        return _cosine(self._gradient(_shrunk(method.objective, PAIR_K), written), self.exact)
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
@@ -247,6 +263,7 @@ Written by `opd configs --methods --measure FILE`. "Data set" text stands for th
 - **noise**: trace of the gradient's covariance over the squared length of its mean, for one completion.
 - **in training**: cosine in the student's weights with the full-vocabulary reverse KL on the student's own text, one batch of
   {PROMPTS} completions of the bundled addition pair.
+- Top-k sets are cut to {WORLD_K} tokens in the worlds and {PAIR_K} on the pair, whose vocabularies are small.
 - **payload**: numbers that a remote teacher would send per token.
 
 GAE-OPD and CR-OPD are hypotheses of arXiv 2606.22793, which ran no experiment.

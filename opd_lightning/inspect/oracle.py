@@ -19,14 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opd_lightning.inspect import textbook
-from opd_lightning.objectives import Objective, SequenceMean, WrittenToken
+from opd_lightning.inspect import declared
+from opd_lightning.objectives import Extras, Objective, SequenceMean
 from opd_lightning.types import NOT_A_STUDENT, Completion, Prompt, Rollout
 
 StateDivergence = Callable[[Tensor, Tensor], Tensor]
 """(student log-probs (S, V), teacher log-probs (S, V)) -> (S,), differentiable in the student."""
 
-Writer = Literal["student", "teacher"]
+Writer = Literal["student", "teacher", "sampler"]
 PROMPT_TOKEN = 0
 
 
@@ -72,16 +72,17 @@ class TableLaws:
 
 @dataclass(frozen=True)
 class Path:
-    """One completion: its tokens, the states that it visits, and its probability under student and teacher."""
+    """One completion: its tokens, the states that it visits, and its probability under every law."""
 
     tokens: tuple[int, ...]
     states: tuple[int, ...]
     student: float
     teacher: float
     ended: bool
+    sampler: float = 0.0
 
     def probability(self, writer: Writer) -> float:
-        return self.student if writer == "student" else self.teacher
+        return {"student": self.student, "teacher": self.teacher, "sampler": self.sampler}[writer]
 
 
 class TabularWorld:
@@ -92,25 +93,29 @@ class TabularWorld:
         teacher: (S, V) logits.
         horizon: longest completion.
         eos: token that ends a completion, or None for a fixed length.
+        sampler: (S, V) logits of a third law that may write, say an older student; None for the student's own.
 
     Raises:
         ValueError: if a table does not have one row per prefix.
     """
 
-    def __init__(self, student: Tensor, teacher: Tensor, horizon: int, eos: int | None = None) -> None:
+    def __init__(
+        self, student: Tensor, teacher: Tensor, horizon: int, eos: int | None = None, sampler: Tensor | None = None
+    ) -> None:
+        sampler = student.detach() if sampler is None else sampler
         self.vocab, self.horizon, self.eos = student.shape[1], horizon, eos
         self.states: list[tuple[int, ...]] = [()]
         for prefix in self.states:  # grows while it is read: breadth first
             if len(prefix) < horizon - 1:
                 self.states += [(*prefix, v) for v in range(self.vocab) if v != eos]
-        for name, table in (("student", student), ("teacher", teacher)):
+        for name, table in (("student", student), ("teacher", teacher), ("sampler", sampler)):
             if table.shape != (len(self.states), self.vocab):
                 raise ValueError(
                     f"{name} table has shape {tuple(table.shape)}; vocabulary {self.vocab}, horizon {horizon} and eos "
                     f"{eos} make {len(self.states)} prefixes: {(len(self.states), self.vocab)}"
                 )
         self.student = student.detach().double().clone().requires_grad_(True)  # the caller's table stays as it is
-        self.teacher = teacher.detach().double()
+        self.teacher, self.sampler = teacher.detach().double(), sampler.detach().double()
         self._number = {prefix: i for i, prefix in enumerate(self.states)}
         self.paths = self._enumerate()
 
@@ -129,9 +134,9 @@ class TabularWorld:
         return cls(student.double().log(), teacher.double().log(), horizon, eos)
 
     def _enumerate(self) -> list[Path]:
-        law, theirs = self.student.detach().softmax(-1), self.teacher.softmax(-1)
+        law, theirs, third = (table.detach().softmax(-1) for table in (self.student, self.teacher, self.sampler))
         done: list[Path] = []
-        growing = [Path((), (), 1.0, 1.0, ended=False)]
+        growing = [Path((), (), 1.0, 1.0, ended=False, sampler=1.0)]
         while growing:
             path = growing.pop()
             i = self._number[path.tokens]
@@ -143,6 +148,7 @@ class TabularWorld:
                     student=path.student * float(law[i, v]),
                     teacher=path.teacher * float(theirs[i, v]),
                     ended=ended,
+                    sampler=path.sampler * float(third[i, v]),
                 )
                 (done if ended or len(longer.tokens) == self.horizon else growing).append(longer)
         return done
@@ -151,12 +157,15 @@ class TabularWorld:
         """Log-probabilities (S, V) of student (differentiable) and teacher."""
         return self.student.log_softmax(-1), self.teacher.log_softmax(-1)
 
+    def _table(self, writer: Writer) -> Tensor:
+        return {"student": self.student, "teacher": self.teacher, "sampler": self.sampler}[writer]
+
     # ---- estimators ----------------------------------------------------------------------------------------------------
     def rollout(self, path: Path, writer: Writer = "student") -> Rollout:
         """The completion as a batch of one, with the writer's recorded log-probabilities, in float64."""
-        law = (self.student.detach() if writer == "student" else self.teacher).log_softmax(-1)
+        law = self._table(writer).detach().log_softmax(-1)
         recorded = [float(law[s, v]) for s, v in zip(path.states, path.tokens, strict=True)]
-        step = 0 if writer == "student" else NOT_A_STUDENT
+        step = NOT_A_STUDENT if writer == "teacher" else 0
         prompt = Prompt(index=0, text="", ids=(PROMPT_TOKEN,))
         rollout = Rollout.of([prompt], [Completion(path.tokens, tuple(recorded), path.ended, step)], pad_id=PROMPT_TOKEN)
         return replace(rollout, sampler_logprobs=torch.tensor([recorded], dtype=torch.float64), scale=(1.0,))
@@ -172,19 +181,49 @@ class TabularWorld:
             second += path.probability(writer) * float(gradient.square().sum())
         return Moments(mean, second - float(mean.square().sum()))
 
-    def moments_of(self, objective: Objective, writer: Writer = "student") -> Moments:
-        """Moments of an objective of the package, summed over the completion's (weighted) tokens.
+    def gradients_of(
+        self,
+        objective: Objective,
+        writer: Writer = "student",
+        *,
+        reference: Tensor | None = None,
+        critic: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> Tensor:
+        """(paths, S, V) gradient of an objective on every completion, summed over the completion's (weighted) tokens.
 
-        The same as `moments`, in one pass: an objective is a sum over rows, so the gradient of every row can be told apart.
+        An objective is a sum over rows, so one pass over all completions tells their gradients apart.
+
+        Args:
+            objective: one objective or `Terms`.
+            writer: whose completions.
+            reference: (S, V) logits of the reference, for targets that need it.
+            critic: (S,) predictions, for `GAE`.
+            progress: share of the run that is done.
         """
-        batch = Rollout.cat([self.rollout(path, writer) for path in self.paths])
+        parts = [self.rollout(path, writer) for path in self.paths]
+        batch = replace(Rollout.cat(parts), scale=(1.0,) * len(objective.flat()))
         states = torch.tensor([s for path in self.paths for s in path.states])
         owner = torch.tensor([i for i, path in enumerate(self.paths) for _ in path.states])
         rows = self.student.detach()[states].requires_grad_(True)
-        loss = objective(TableLaws(rows), TableLaws(self.teacher[states]), batch).loss
+        third = TableLaws(reference.double()[states]) if reference is not None else None
+        extras = Extras(third, critic[states] if critic is not None else None, progress)
+        loss = objective(TableLaws(rows), TableLaws(self.teacher[states]), batch, extras=extras).loss
         (gradient,) = torch.autograd.grad(loss, rows)
         per_path = torch.zeros(len(self.paths), *self.teacher.shape, dtype=torch.float64)
-        per_path.index_put_((owner, states), gradient, accumulate=True)
+        return per_path.index_put_((owner, states), gradient, accumulate=True)
+
+    def moments_of(
+        self,
+        objective: Objective,
+        writer: Writer = "student",
+        *,
+        reference: Tensor | None = None,
+        critic: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> Moments:
+        """Moments of an objective of the package: the same as `moments`, in one pass (arguments: `gradients_of`)."""
+        per_path = self.gradients_of(objective, writer, reference=reference, critic=critic, progress=progress)
         weights = torch.tensor([path.probability(writer) for path in self.paths], dtype=torch.float64)
         mean = (weights[:, None, None] * per_path).sum(0)
         second = (weights * per_path.square().sum((1, 2))).sum()
@@ -205,7 +244,7 @@ class TabularWorld:
     # ---- targets -------------------------------------------------------------------------------------------------------
     def visitation(self, writer: Writer = "student") -> Tensor:
         """(S,) probability that the writer reaches every state."""
-        law = (self.student if writer == "student" else self.teacher).softmax(-1)
+        law = self._table(writer).softmax(-1)
         reach: list[Tensor] = [law.new_ones(())]
         for prefix in self.states[1:]:
             parent = self._number[prefix[:-1]]
@@ -214,13 +253,24 @@ class TabularWorld:
 
     def value(self, divergence: StateDivergence, gamma: float = 1.0) -> Tensor:
         """(S,) expected discounted sum of the divergence from every state on, its own included."""
-        law, local = self.student.softmax(-1), divergence(*self.laws())
-        values: dict[tuple[int, ...], Tensor] = {}
-        for prefix in reversed(self.states):
-            i = self._number[prefix]
-            later = [law[i, v] * values[(*prefix, v)] for v in range(self.vocab) if (*prefix, v) in values]
-            values[prefix] = local[i] + gamma * sum(later, law.new_zeros(()))
-        return torch.stack([values[prefix] for prefix in self.states])
+        return self.discounted(divergence(*self.laws()), gamma)
+
+    def discounted(self, cost: Tensor, gamma: float = 1.0, steps: int | None = None) -> Tensor:
+        """(S,) expected discounted sum of a cost per state over the next ``steps`` states (all), its own included."""
+        out = torch.zeros_like(cost)
+        for _ in range(self.horizon if steps is None else steps):
+            out = cost + gamma * self.expected(out)
+        return out
+
+    def expected(self, values: Tensor) -> Tensor:
+        """(S,) mean of a value per state over the student's next states; 0 where nothing follows."""
+        law = self.student.softmax(-1)
+        sums: list[list[Tensor]] = [[] for _ in self.states]
+        for prefix, i in self._number.items():
+            if prefix:
+                parent = self._number[prefix[:-1]]
+                sums[parent].append(law[parent, prefix[-1]] * values[i])
+        return torch.stack([sum(found, values.new_zeros(())) for found in sums])
 
     def gradient(self, divergence: StateDivergence, gamma: float, writer: Writer = "student") -> Tensor:
         """(S, V) gradient of the target of a credit.
@@ -230,49 +280,49 @@ class TabularWorld:
         weight gamma^k.
         """
         local = divergence(*self.laws())
-        if gamma > 0.0:
-            values = self.value(divergence, gamma).detach()
-            later = torch.zeros_like(self.teacher)
-            for prefix, i in self._number.items():
-                if prefix:
-                    later[self._number[prefix[:-1]], prefix[-1]] = gamma * values[i]
-            local = local + (self.student.softmax(-1) * later).sum(-1)
-        (gradient,) = torch.autograd.grad((self.visitation(writer).detach() * local).sum(), self.student)
-        return gradient
+        after = gamma * self.discounted(local, gamma) if gamma else None
+        return self._field(local, after, writer)
 
-    def declared_gradient(self, objective: Objective, writer: Writer = "student") -> Tensor:
+    def declared_gradient(
+        self,
+        objective: Objective,
+        writer: Writer = "student",
+        *,
+        reference: Tensor | None = None,
+        critic: Tensor | None = None,
+        progress: float = 0.0,
+    ) -> Tensor:
         """(S, V) gradient that ``objective.declared_target`` names, its declared biases included.
 
         It is computed from the formulas of `opd_lightning.inspect.textbook`, not with the objective's own code. A sampled
         token is replaced by the full sum that it stands for; only where the declared bias is that a weight
         depends on the sampled tokens (1 / length) is the sum taken over completions.
-        """
-        if isinstance(objective.reduction, SequenceMean):
-            return self._per_completion(objective, writer)
-        return self.gradient(textbook.state_divergence(objective), objective.credit.gamma, writer)
 
-    def _per_completion(self, objective: Objective, writer: Writer) -> Tensor:
-        """Gradient of ``sum_y P(y) / |y| * sum_t [...]`` with P held fixed, the brackets in closed form."""
-        student, teacher = self.laws()
-        divergence, gamma = objective.divergence, objective.credit.gamma
-        at_state = textbook.state_divergence(objective)(student, teacher)
-        advantage = sample_cost = torch.zeros_like(teacher)
-        if objective.support.sampled:
-            advantage = textbook.advantage(divergence, student.softmax(-1), teacher.softmax(-1))
-            sample_cost = divergence.value(student, teacher).detach()  # which f stands for the sampled cost is its choice
-        total = student.new_zeros(())
-        for path in self.paths:
-            steps = list(zip(path.states, path.tokens, strict=True))
-            costs = [sample_cost[s, v] if objective.support.sampled else at_state[s].detach() for s, v in steps]
-            inner = student.new_zeros(())
-            for t, (s, v) in enumerate(steps):
-                later = sum((gamma**k * costs[t + k] for k in range(1, len(steps) - t)), student.new_zeros(()))
-                if isinstance(objective.support, WrittenToken):
-                    inner = inner - student[s, v]
-                elif objective.support.sampled:
-                    inner = inner + (later - advantage[s, v]) * student[s, v]
-                else:
-                    inner = inner + at_state[s] + later * student[s, v]
-            total = total + path.probability(writer) / len(steps) * inner
-        (gradient,) = torch.autograd.grad(total, self.student)
+        Args:
+            objective: one objective, not `Terms`.
+            writer: whose completions.
+            reference: (S, V) logits of the reference, for targets that need it.
+            critic: (S,) predictions, for `GAE`.
+            progress: share of the run that is done.
+
+        Raises:
+            ValueError: for compositions that name no closed form (gates on drawn tokens, unbalanced routes).
+        """
+        declared.refuse_without_closed_form(objective)
+        local = declared.local_of(self, objective, reference, progress)
+        if isinstance(objective.reduction, SequenceMean):
+            return declared.per_completion(self, objective, local, writer)
+        after = declared.credited(self, objective, local, critic)
+        return self._field(local.value, after, writer, declared.gate_weights(self, objective, local))
+
+    def _field(self, local: Tensor, after: Tensor | None, writer: Writer, weights: Tensor | None = None) -> Tensor:
+        """Gradient of every state's own divergence plus what its tokens answer for, on the writer's states."""
+        if after is not None:
+            costs = torch.zeros_like(self.teacher)
+            for prefix, i in self._number.items():
+                if prefix:
+                    costs[self._number[prefix[:-1]], prefix[-1]] = after[i].detach()
+            local = local + (self.student.softmax(-1) * costs).sum(-1)
+        visits = self.visitation(writer).detach() * (1.0 if weights is None else weights)
+        (gradient,) = torch.autograd.grad((visits * local).sum(), self.student)
         return gradient

@@ -133,25 +133,32 @@ def _inside(support: TopK, p: Tensor, q: Tensor) -> Tensor:
 
 def state_divergence(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
     """What an objective compares at one state: a function of log-probabilities (S, V) of student and teacher."""
-    divergence, support, temperature = objective.divergence, objective.support, objective.temperature
 
     def compare(student: Tensor, teacher: Tensor) -> Tensor:
-        p, q = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
-        if isinstance(support, FullVocab) or support.sampled:
-            return total(divergence, p, q)
-        if isinstance(support, WrittenToken):
-            return total(divergence, p, teacher.softmax(-1))  # the text was drawn at temperature 1
-        if not isinstance(support, TopK) or support.closure == "raw":  # nothing is declared for a raw sum
-            return objective.score(student, teacher, torch.zeros(len(student), dtype=torch.long)).direct
-        inside = _inside(support, p, q)
-        heads = [law.where(inside, NOTHING) for law in (p, q)]
-        if support.closure == "renormalize_teacher":
-            return total(divergence, p, heads[1] / heads[1].sum(-1, keepdim=True))
-        if support.closure == "stop_gradient":
-            return entries(divergence, *heads).sum(-1)
-        if support.closure == "renormalize":
-            return total(divergence, *(head / head.sum(-1, keepdim=True) for head in heads))
-        tails = [(law * ~inside).sum(-1, keepdim=True).clamp(min=NOTHING) for law in (p, q)]
-        return total(divergence, *(torch.cat(parts, -1) for parts in zip(heads, tails, strict=True)))
+        p, q = (law / objective.temperature for law in (student, teacher))
+        return between(objective, p.softmax(-1), q.softmax(-1), teacher.softmax(-1))
 
     return compare
+
+
+def between(objective: Objective, p: Tensor, q: Tensor, text: Tensor) -> Tensor:
+    """The same of two laws that are compared as they are; ``text`` is the law that a written token was drawn from."""
+    divergence, support = objective.divergence, objective.support
+    if isinstance(support, FullVocab) or support.sampled:
+        return total(divergence, p, q)
+    if isinstance(support, WrittenToken):
+        return total(divergence, p, text)  # the text was drawn at temperature 1
+    if not isinstance(support, TopK) or support.closure == "raw":  # nothing is declared for a raw sum
+        direct = support.score(divergence, p.log(), q.log(), torch.zeros(len(p), dtype=torch.long)).direct
+        assert direct is not None
+        return direct
+    inside = _inside(support, p, q)
+    heads = [law.where(inside, NOTHING) for law in (p, q)]
+    if support.closure == "renormalize_teacher":
+        return total(divergence, p, heads[1] / heads[1].sum(-1, keepdim=True))
+    if support.closure == "stop_gradient":
+        return entries(divergence, *heads).sum(-1)
+    if support.closure == "renormalize":
+        return total(divergence, *(head / head.sum(-1, keepdim=True) for head in heads))
+    tails = [(law * ~inside).sum(-1, keepdim=True).clamp(min=NOTHING) for law in (p, q)]
+    return total(divergence, *(torch.cat(parts, -1) for parts in zip(heads, tails, strict=True)))

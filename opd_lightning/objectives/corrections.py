@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,6 +29,18 @@ __all__ = [
 ]
 
 
+class Reach(NamedTuple):
+    """How much likelier the student is than the sampler to get this far: (B, T), detached.
+
+    Attributes:
+        state: product of the ratios of the tokens before.
+        token: the same with the token's own ratio.
+    """
+
+    state: Tensor
+    token: Tensor
+
+
 class Correction(Configurable, ABC):
     """A weight for every sampled token.
 
@@ -44,6 +57,10 @@ class Correction(Configurable, ABC):
         self, log_ratio: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T"]:
         """w, 1 everywhere when the sampler is the student itself."""
+
+    def reach(self, log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Reach | None:
+        """Weights of divergences, signals and costs where they stand, before credit is given; None for 1."""
+        return None
 
 
 class TokenRatio(Correction):
@@ -156,8 +173,10 @@ class SequenceMask(Correction):
 
 
 class PrefixProduct(Correction):
-    """The product of all ratios up to and including the token: corrects the visited states too, at a variance that grows
-    with the length.
+    """The product of all ratios of the prefix: corrects the visited states too, at a variance that grows with the length.
+
+    Every signal and every cost is weighted where it stands (per-decision importance sampling), so a later cost carries the
+    ratios up to its own token, not only up to the token that answers for it; exact divergences carry those of their state.
 
     Args:
         cap: largest product; 0 leaves it free. A cap makes it a truncated, biased correction.
@@ -174,12 +193,17 @@ class PrefixProduct(Correction):
         self.bias = "products beyond the cap are cut" if cap else "none"
 
     def weight(self, log_ratio: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
-        product = log_ratio.where(mask, 0.0).cumsum(-1)
-        return product.clamp(max=math.log(self.cap)).exp() if self.cap else product.exp()
+        return torch.ones_like(log_ratio)
+
+    def reach(self, log_ratio: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Reach | None:
+        own = log_ratio.where(mask, 0.0)
+        most = math.log(self.cap) if self.cap else 0.5 * math.log(torch.finfo(own.dtype).max)  # finite, also times a cost
+        token = own.cumsum(-1)
+        return Reach((token - own).clamp(max=most).exp(), token.clamp(max=most).exp())
 
 
 class TrustRegionDrop(Correction):
-    """The token ratio, dropped where the student's probability has fallen too far below the sampler's.
+    """The token ratio, dropped where the student's probability has moved too far from the sampler's, up or down.
 
     Args:
         max_log_ratio: largest ``abs(log p - log p_sampler)`` that is kept, greater than 0.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from opd_lightning.objectives.corrections import NoCorrection, TokenRatio
-from opd_lightning.objectives.credits import GAE
+from opd_lightning.objectives.corrections import NoCorrection, PrefixProduct, TokenRatio
+from opd_lightning.objectives.credits import GAE, TotalReturn
 from opd_lightning.objectives.divergences import Divergence, ForwardKL, ReverseKL
+from opd_lightning.objectives.gates import PositionImportance
 from opd_lightning.objectives.reductions import SequenceMean
 from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
 from opd_lightning.objectives.targets import TeacherLaw
@@ -129,12 +130,15 @@ def _of_idle_axis(objective: Objective) -> Defect | None:
     if not isinstance(objective.correction, TokenRatio) and not objective.needs_sampler:
         cause = "a correction weighs sampled tokens, and this objective has none"
         return Defect(cause, "grad loss_t = grad d_t, whoever drew the token", "correction: TokenRatio")
+    if not objective.needs_sampler and any(isinstance(gate, PositionImportance) for gate in objective.gates):
+        cause = "PositionImportance follows the advantages of sampled tokens, and this objective has none"
+        return Defect(cause, "w_t = 1 + s (1 - sum_{i<t} |A_i| / sum_i |A_i|) with A = 0", "gates: []")
     return None
 
 
 def _of_sampling(objective: Objective) -> Defect | None:
     """Sampled tokens that are unbounded or biased by themselves."""
-    divergence, support = objective.divergence, objective.support
+    divergence, support, credit = objective.divergence, objective.support, objective.credit
     if support.sampled and not divergence.separable:
         return Defect(
             f"the {divergence.title} couples all entries: a single token has no advantage",
@@ -148,18 +152,25 @@ def _of_sampling(objective: Objective) -> Defect | None:
             "E_{y ~ p} (q / p)^2 = sum_v q_v^2 / p_v",
             "support: FullVocab, or support: {class_path: TopK, init_args: {k: 16, by: teacher}}",
         )
-    if isinstance(objective.credit, GAE) and objective.baseline.present:
+    if isinstance(credit, GAE) and objective.baseline.present:
         return Defect(
             "GAE subtracts its own value; a second baseline would count the state twice",
             "A_t = r_t - V(s_t) + ...",
             "baseline: NoBaseline",
         )
-    if objective.baseline.present and isinstance(objective.reduction, SequenceMean):
+    if (objective.baseline.present or isinstance(credit, GAE)) and isinstance(objective.reduction, SequenceMean):
         return Defect(
-            "with the sequence mean a token's weight 1 / length depends on what was sampled, so a baseline changes the "
-            "expected gradient",
+            "with the sequence mean a token's weight 1 / length depends on what was sampled, so a baseline (GAE's value is "
+            "one) changes the expected gradient",
             "E[b(s_t) / |y| grad log p(y_t)] != 0, because |y| depends on y_t",
             "reduction: TokenMean, or baseline: NoBaseline",
+        )
+    if isinstance(objective.correction, PrefixProduct) and isinstance(credit, (GAE, TotalReturn)):
+        return Defect(
+            f"{credit.title} gives a token what stands before it or at its own state, which the ratios up to there do not "
+            "correct",
+            "E_{y ~ old p} prod_{i<=t} (p / old p)_i f(s_k) = E_{y ~ p} f(s_k) for k > t only where the ratios reach k",
+            "credit: ReturnToGo, or correction: TokenRatio",
         )
     return None
 

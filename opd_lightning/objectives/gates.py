@@ -116,7 +116,8 @@ class _Range(Gate):
             keep &= value <= self.at_most
         if self.top_fraction < 1.0:
             ranked = value.masked_fill(~view.mask, -math.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            keep &= ranked < (view.mask.sum(-1, keepdim=True) * self.top_fraction).ceil()
+            millionths = view.mask.sum(-1, keepdim=True) * round(1e6 * self.top_fraction)
+            keep &= ranked < (millionths + 999_999) // 1_000_000  # rounded up, in whole numbers: 0.6 of 25 is 15
         return keep.to(value.dtype)
 
 

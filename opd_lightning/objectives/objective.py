@@ -187,6 +187,7 @@ class Objective(Configurable):
         critic: Float[Tensor, " N"] | None,
     ) -> Float[Tensor, "B T"]:
         mask, found = rollout.mask, parts.detached
+        critic = critic if self.credit.critic else None
 
         def spread(flat: Tensor) -> Tensor:
             return unflatten_completions(flat, mask)
@@ -197,8 +198,12 @@ class Objective(Configurable):
         if self.needs_sampler:
             values = spread(critic.detach().to(loss.dtype)) if critic is not None else None
             cost, state_cost = spread(found["_cost"]), spread(found["_state_cost"])
-            advantage = self.credit.advantage(Signals(spread(found["_reward"]), cost, state_cost, mask, values))
             log_ratio = spread(parts.logprob.detach() - sampler.to(logprob.dtype))
+            local = spread(found["_reward"])
+            if (reach := self.correction.reach(log_ratio, mask)) is not None:
+                loss = loss * reach.state
+                local, cost, state_cost = local * reach.token, cost * reach.token, state_cost * reach.state
+            advantage = self.credit.advantage(Signals(local, cost, state_cost, mask, values))
             weight = self.correction.weight(log_ratio, advantage, mask)
             unit = (logprob - logprob.detach()).exp()  # 1, with the gradient of log p
             if parts.routed is None:
@@ -217,7 +222,8 @@ class Objective(Configurable):
             view = View(mask, spread(tokens), *on_token, **seen, advantage=advantage, vocab=vocab)
             for gate in self.gates:
                 loss = loss * gate.weight(view).where(mask, 0.0)
-        if critic is not None and isinstance(self.credit, GAE):
+        if critic is not None:
+            assert isinstance(self.credit, GAE)
             goal = -self.credit.future_cost(spread(found["_state_cost"]), mask)
             loss = loss + 0.5 * (spread(critic.to(loss.dtype)) - goal).square()
         return loss
@@ -290,12 +296,18 @@ class Objective(Configurable):
                 out["_cost"] = -self.shaper.shape(-out["_cost"], *on_token)
             if (b := self.baseline.value(self.divergence, student, aim)) is not None:
                 out["_reward"] = out["_reward"] - b
-        exact = scores.direct if scores.direct is not None and not self.support.sampled else None
+        out["_state_cost"] = torch.zeros_like(out["_reward"])
         if self.credit.analytic or isinstance(self.credit, GAE):
-            out["_state_cost"] = exact if exact is not None else self.divergence.total(student, aim)
-        else:
-            out["_state_cost"] = torch.zeros_like(out["_reward"])
+            out["_state_cost"] = self._state_cost(scores, student, aim)
         return out
+
+    def _state_cost(self, scores: Scores, student: Tensor, aim: Tensor) -> Tensor:
+        """The mean over tokens of what is under ``_cost``."""
+        if scores.direct is not None and not self.support.sampled:
+            return scores.direct.detach()
+        if self.shaper.title and scores.direct is None:
+            return -(student.exp() * self.shaper.shape(-self.divergence.value(student, aim), student, aim)).sum(-1)
+        return self.divergence.total(student, aim)
 
 
 def _statistics(student: Tensor, teacher: Tensor, tokens: Tensor, agreement_k: int) -> dict[str, Tensor]:

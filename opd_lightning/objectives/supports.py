@@ -163,6 +163,7 @@ class TopK(Support):
             value = divergence.entry(s, t).sum(-1)
         else:  # two laws of mass 1
             value = divergence.total(s, t)
+        value = value.where(counts.any(-1), 0.0)  # an empty intersection compares nothing
         if self.closure != "sampled_tail":
             return Scores(direct=value, reward=None, cost=value.detach())
         inside = ((ids == tokens[:, None]) & counts).any(-1)

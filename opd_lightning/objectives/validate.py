@@ -10,8 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from opd_lightning.objectives.baselines import ClosedFormBaseline
 from opd_lightning.objectives.corrections import TokenRatio
+from opd_lightning.objectives.credits import GAE, Discounted
 from opd_lightning.objectives.defects import Defect, DegenerateObjective, defect_of, refuse_unfit_part
+from opd_lightning.objectives.gates import PositionDecay
 from opd_lightning.objectives.reductions import SequenceMean, TokenMean
 from opd_lightning.objectives.supports import TopK, WrittenToken
 
@@ -60,19 +63,44 @@ def _biases(objective: Objective) -> tuple[str, ...]:
                 "raw": "descends the student's mass on the support",
             }[support.closure]
         )
-    out.append(credit.bias)
+    out.append("" if _time_discounted(objective) else credit.bias)
     if isinstance(reduction, SequenceMean) and (support.sampled or not support.needs_teacher or credit.gamma > 0.0):
         out.append("the weight 1 / length depends on the drawn tokens where completions can end early")
     if isinstance(reduction, TokenMean):
         out.append("divided by the sampled number of tokens (a ratio estimate, bias of order 1 / batch)")
     if objective.shaper.title:
         out.append("the signal is bent: the same fixed point, not the gradient of the divergence")
-    out.append(objective.route.bias)
-    if objective.gates and all(gate.depends_on == "state" for gate in objective.gates) and credit.gamma == 0.0:
-        out.append("states weigh as the gates say")
-    elif objective.gates:
-        out.append("gates look at drawn tokens: not the gradient of a weighted divergence, though 0 where both models agree")
+    out.append(objective.route.bias or _bias_of_balance(objective))
+    if objective.gates and not _time_discounted(objective):
+        out.append(_bias_of_gates(objective))
     return tuple(bias for bias in out if bias)
+
+
+def _bias_of_balance(objective: Objective) -> str:
+    """Balanced canonical routing is without bias where the routed signal is the exact local advantage."""
+    exact = isinstance(objective.baseline, ClosedFormBaseline) or isinstance(objective.credit, GAE)
+    if not objective.route.balanced or (objective.credit.gamma == 0.0 and exact and not objective.shaper.title):
+        return ""
+    return "the canonical route balances local advantages alone, not those of another baseline, shaper or credit"
+
+
+def _bias_of_gates(objective: Objective) -> str:
+    if any(gate.depends_on != "state" for gate in objective.gates):
+        return "gates look at drawn tokens: not the gradient of a weighted divergence, though 0 where both models agree"
+    if objective.credit.gamma == 0.0:
+        return "states weigh as the gates say"
+    return "gates weigh a token with all that it answers for: not the gradient of a weighted divergence"
+
+
+def _time_discounted(objective: Objective) -> bool:
+    """gamma^t times credit discounted by gamma: the gradient of ``E sum_t gamma^t D(s_t)``."""
+    credit, gates = objective.credit, objective.gates
+    return (
+        len(gates) == 1
+        and isinstance(gates[0], PositionDecay)
+        and isinstance(credit, Discounted)
+        and credit.gamma == gates[0].gamma
+    )
 
 
 def declare(objective: Objective) -> DeclaredTarget:
@@ -90,7 +118,8 @@ def declare(objective: Objective) -> DeclaredTarget:
             "sampled_tail": title,
             "raw": f"truncated {title}",
         }[support.closure]
-    name = f"{title} from the writer of the text" if isinstance(support, WrittenToken) else f"{credit.level} {title}"
+    level = f"time-discounted (gamma={credit.gamma:g}) sequence-level" if _time_discounted(objective) else credit.level
+    name = f"{title} from the writer of the text" if isinstance(support, WrittenToken) else f"{level} {title}"
     parts = [support.title, f"{credit.title} credit", objective.baseline.title, objective.shaper.title]
     parts += [gate.title for gate in objective.gates]
     parts += [objective.route.title, objective.reduction.title]
