@@ -113,10 +113,10 @@ class ForwardKL(Divergence):
         return teacher.exp() * (teacher - student)
 
     def advantage(self, student: Float[Tensor, "*n"], teacher: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        return torch.expm1(teacher - student)
+        return torch.expm1(_log_ratio(student, teacher))
 
     def value(self, student: Float[Tensor, "*n"], teacher: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        return (teacher - student).exp() * (teacher - student)
+        return _log_ratio(student, teacher).exp() * (teacher - student)
 
 
 class GeneralizedJSD(Divergence):
@@ -174,5 +174,10 @@ class GeneralizedJSD(Divergence):
 
     def value(self, student: Float[Tensor, "*n"], teacher: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         mixture = self._mixture(student, teacher)
-        from_teacher = self.beta * (teacher - student).exp() * (teacher - mixture)
+        from_teacher = self.beta * _log_ratio(student, teacher).exp() * (teacher - mixture)
         return self.factor * (from_teacher + (1.0 - self.beta) * (student - mixture))
+
+
+def _log_ratio(student: Tensor, teacher: Tensor) -> Tensor:
+    """Log u on a drawn token, held below the root of the largest number: a token that the student cannot draw stays finite."""
+    return (teacher - student).clamp(max=0.5 * math.log(torch.finfo(student.dtype).max))
