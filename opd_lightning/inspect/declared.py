@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from opd_lightning.inspect import textbook
-from opd_lightning.objectives import GAE, KStep, LengthNormalised, Objective, SequenceMean, WrittenToken
+from opd_lightning.objectives import GAE, KStep, LengthNormalised, Objective, SequenceMean, TopK, WrittenToken
 from opd_lightning.objectives.gates import View
+from opd_lightning.objectives.validate import bias_of_route
 from opd_lightning.ops import logprobs as lp
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def refuse_without_closed_form(objective: Objective) -> None:
     """
     for found, what in (
         (any(gate.depends_on != "state" for gate in objective.gates), "gates that look at drawn tokens"),
-        (bool(objective.route.bias), "routes that add a pull of their own"),
+        (bool(bias_of_route(objective)), "routes that add a pull of their own"),
         (isinstance(objective.credit, LengthNormalised), "LengthNormalised"),
         (isinstance(objective.reduction, SequenceMean) and _looks_further(objective), "this under SequenceMean"),
     ):
@@ -101,7 +102,8 @@ def refuse_without_closed_form(objective: Objective) -> None:
 def _looks_further(objective: Objective) -> bool:
     from_definition = type(objective.credit).__name__ in ("Immediate", "Discounted", "ReturnToGo")
     bent = objective.gates or objective.shaper.title or objective.route.title or objective.credit.analytic
-    return bool(bent) or not from_definition
+    half_sampled = isinstance(objective.support, TopK) and objective.support.sampled
+    return bool(bent) or half_sampled or not from_definition
 
 
 def per_completion(world: TabularWorld, objective: Objective, local: Local, writer: Writer) -> Tensor:

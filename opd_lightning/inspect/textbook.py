@@ -155,7 +155,7 @@ def between(objective: Objective, p: Tensor, q: Tensor, text: Tensor) -> Tensor:
     inside = _inside(support, p, q)
     heads = [law.where(inside, NOTHING) for law in (p, q)]
     if support.closure == "renormalize_teacher":
-        return total(divergence, p, heads[1] / heads[1].sum(-1, keepdim=True))
+        return total(divergence, p, heads[1] / heads[1].sum(-1, keepdim=True)) * inside.any(-1)
     if support.closure == "stop_gradient":
         return entries(divergence, *heads).sum(-1)
     if support.closure == "renormalize":

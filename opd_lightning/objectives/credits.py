@@ -192,7 +192,8 @@ class LengthNormalised(Credit):
 
 class GAE(Credit):
     """Generalised advantage estimation (arXiv 1506.02438) on log-ratio rewards: ``A_t = sum_l (gamma lam)^l delta_{t+l}`` with
-    ``delta_t = r_t + gamma V(s_{t+1}) - V(s_t)``.
+    ``delta_t = r_t + gamma V(s_{t+1}) - V(s_t)``. For other divergences r is the token's own signal at l = 0 and minus its
+    cost, whose mean is - D, at every later l.
 
     The value is residual, ``V(s) = - D(s) + gamma W(s)``: the exact divergence of the state, and a critic W for what follows
     it, which starts at zero. At the first step, and for ever with gamma = 0, it is the closed-form baseline. A cut or ended
@@ -222,8 +223,9 @@ class GAE(Credit):
         value = -signals.state_cost
         if signals.future_values is not None:
             value = value + self.gamma * signals.future_values
-        delta = signals.local + self.gamma * following(value, signals.mask) - value
-        return backward_scan(delta, signals.mask, self.gamma * self.lam)
+        delta = self.gamma * following(value, signals.mask) - value - signals.cost
+        own = (signals.local + signals.cost).where(signals.mask, 0.0)
+        return own + backward_scan(delta, signals.mask, self.gamma * self.lam)
 
     def future_cost(self, state_cost: Float[Tensor, "B T"], mask: Tensor) -> Float[Tensor, "B T"]:
         """What W learns to predict, with a minus sign: ``sum_{k>=1} gamma^{k-1} D(s_{t+k})``."""

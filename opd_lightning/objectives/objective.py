@@ -35,6 +35,10 @@ CHUNK_ELEMENTS = 2**24
 head in the backward pass, so memory does not grow with the number of tokens."""
 
 
+LARGEST_COST = 1e4
+"""What a critic is asked to predict at most, in nats: its squared error must stay finite in float32."""
+
+
 @dataclass(frozen=True)
 class Extras:
     """What some axes need beside the two models.
@@ -224,7 +228,7 @@ class Objective(Configurable):
                 loss = loss * gate.weight(view).where(mask, 0.0)
         if critic is not None:
             assert isinstance(self.credit, GAE)
-            goal = -self.credit.future_cost(spread(found["_state_cost"]), mask)
+            goal = -self.credit.future_cost(spread(found["_state_cost"]), mask).clamp(max=LARGEST_COST)
             loss = loss + 0.5 * (spread(critic.to(loss.dtype)) - goal).square()
         return loss
 

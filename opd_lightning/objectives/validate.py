@@ -70,16 +70,18 @@ def _biases(objective: Objective) -> tuple[str, ...]:
         out.append("divided by the sampled number of tokens (a ratio estimate, bias of order 1 / batch)")
     if objective.shaper.title:
         out.append("the signal is bent: the same fixed point, not the gradient of the divergence")
-    out.append(objective.route.bias or _bias_of_balance(objective))
+    out.append(bias_of_route(objective))
     if objective.gates and not _time_discounted(objective):
         out.append(_bias_of_gates(objective))
     return tuple(bias for bias in out if bias)
 
 
-def _bias_of_balance(objective: Objective) -> str:
-    """Balanced canonical routing is without bias where the routed signal is the exact local advantage."""
+def bias_of_route(objective: Objective) -> str:
+    """Empty for none. Balanced canonical routing is without bias where the routed signal is the exact local advantage."""
     exact = isinstance(objective.baseline, ClosedFormBaseline) or isinstance(objective.credit, GAE)
-    if not objective.route.balanced or (objective.credit.gamma == 0.0 and exact and not objective.shaper.title):
+    if objective.route.bias or not objective.route.balanced:
+        return objective.route.bias
+    if objective.credit.gamma == 0.0 and exact and not objective.shaper.title:
         return ""
     return "the canonical route balances local advantages alone, not those of another baseline, shaper or credit"
 

@@ -143,3 +143,10 @@ def test_a_written_token_is_cross_entropy() -> None:
 def test_k_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         TopK(0)
+
+
+@pytest.mark.parametrize("closure", ["tail", "renormalize", "renormalize_teacher", "stop_gradient", "sampled_tail"])
+def test_an_empty_intersection_compares_nothing(closure: str) -> None:
+    student, teacher = torch.tensor([[0.0, 3.0, 0.0]]).log_softmax(-1), torch.tensor([[3.0, 0.0, 0.0]]).log_softmax(-1)
+    scores = TopK(1, "intersection", closure).score(ForwardKL(), student, teacher, TOKENS)
+    assert abs(scores.direct.item()) < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from opd_lightning.objectives import (
     Constant,
     Discounted,
     Extras,
+    GeneralizedJSD,
     Immediate,
     Objective,
     ReturnToGo,
@@ -62,6 +64,32 @@ def test_advantages_on_every_completion(name: str, gamma: float, lam: float) -> 
         WORLDS[name].moments_of(sampled(GAE(gamma, lam)), critic=critic).mean,
         WORLDS[name].declared_gradient(sampled(GAE(gamma, lam)), critic=critic),
     )
+
+
+@each_world
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.7), (1.0, 1.0)])
+def test_other_divergences_expect_their_cost_later_and_their_advantage_now(name: str, gamma: float, lam: float) -> None:
+    """JSD: A = u f' - f is the signal of the token itself, f what later tokens cost, and V is made of means of f."""
+    at, book, critic, beta = WORLDS[name], Book(WORLDS[name]), critic_of(WORLDS[name]), 0.3
+
+    def f(s: int, v: int) -> float:
+        u = book.q[s][v] / book.p[s][v]
+        m = beta * u + 1 - beta
+        return beta * u * math.log(u / m) - (1 - beta) * math.log(m) + beta * math.log(beta) * (u - 1)  # does not grow with u
+
+    def advantages(path: Path) -> list[float]:
+        steps = list(zip(path.states, path.tokens, strict=True))
+        divergence = {s: sum(p * f(s, v) for v, p in enumerate(book.p[s])) for s in path.states}
+        value = [-divergence[s] + gamma * float(critic[s]) for s in path.states] + [0.0]
+        delta = [-f(s, v) + gamma * value[t + 1] - value[t] for t, (s, v) in enumerate(steps)]
+        own = [(1 - beta) * math.log(beta * book.q[s][v] / book.p[s][v] + 1 - beta) + f(s, v) for s, v in steps]
+        return [x + sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, len(delta))) for t, x in enumerate(own)]
+
+    axes = {"divergence": GeneralizedJSD(beta), "support": SampledToken(), "reduction": Constant(1.0)}
+    close(at.gradients_of(Objective(**axes, credit=GAE(gamma, lam)), critic=critic), book.scores(advantages), 1e-12)
+    if lam == 1.0:
+        unbiased = at.moments_of(Objective(**axes, credit=Discounted(gamma))).mean
+        close(at.moments_of(Objective(**axes, credit=GAE(gamma, lam)), critic=critic).mean, unbiased)
 
 
 def test_golden_exact_value() -> None:
