@@ -43,7 +43,12 @@ ARGUMENTS: dict[str, list[dict]] = {
     "Constant": [{"length": 2.0}],
     "CounterfactualRoute": [
         {"destination": d, "strength": w, "balanced": b}
-        for d, w, b in product(("canonical", "geometric"), (0.5, 1.0), (False, True))
+        for d, w, b in (
+            ("canonical", 0.5, True),
+            ("canonical", 1.0, False),
+            ("geometric", 0.5, False),
+            ("geometric", 1.0, True),
+        )
     ],
     "Discounted": [{"gamma": 0.5}, {"gamma": 0.5, "analytic": True}],
     "Disagreement": [{"at_least": 0.3}, {"top_fraction": 0.5}],
@@ -121,9 +126,9 @@ def accepted(count: int, seed: int) -> list[Objective]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_every_accepted_combination_follows_its_declared_gradient(seed: int) -> None:
-    """250 random combinations; those that declare a direction without a closed form must say how they are biased."""
+    """150 random combinations; those that declare a direction without a closed form must say how they are biased."""
     compared = 0
-    for objective in accepted(250, seed):
+    for objective in accepted(150, seed):
         declared = objective.declared_target
         assert declared.defect is None and declared.remedy is None and declared.name != "none"
         at = WORLDS["eos" if seed % 2 else "fixed"]
@@ -139,7 +144,7 @@ def test_every_accepted_combination_follows_its_declared_gradient(seed: int) -> 
         error = (at.moments_of(objective, writer, **given).mean - exact).abs().max().item()
         assert error < 1e-9, (objective, error)
         compared += 1
-    assert compared > 75
+    assert compared > 45
 
 
 def test_stale_completions_are_refused_without_a_correction_and_accepted_with_one() -> None:
@@ -271,7 +276,7 @@ def around(axis: str, member: object) -> list[Objective]:
     for divergence, support, credit in product(
         (package.ReverseKL(), *((GeneralizedJSD(0.3),) if axis in ("Support", "Credit") else ())),
         (package.FullVocab(), package.SampledToken(), TopK(2, "intersection", "sampled_tail")),
-        (package.Immediate(), ReturnToGo(analytic=True), GAE(0.9, 0.5)),
+        (package.Immediate(), GAE(0.9, 0.5)) if axis in ("Gate", "Target") else (ReturnToGo(analytic=True), GAE(0.9, 0.5)),
     ):
         picks = {"divergence": divergence, "support": support, "credit": credit, "baseline": package.ClosedFormBaseline()}
         picks[key] = [member] if axis == "Gate" else member
