@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,11 @@ def test_a_module_loads_from_its_checkpoint_alone(small: str) -> None:
 # ---- extending --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_users_own_divergence_teacher_and_callback_by_full_path(small: str, tmp_path: Path) -> None:
+def test_a_users_own_divergence_teacher_and_callback_by_full_path(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing in the package is touched; the oracle checks the divergence, the run uses all three."""
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     (tmp_path / "mine.py").write_text(
         textwrap.dedent(
             '''

@@ -36,6 +36,11 @@ class TotalVariation(Divergence):
         return -torch.expm1((teacher - student).clamp(max=0.0))  # (1 - u)+, which has the mean of abs(u - 1) / 2
 
 
+def _held(log_power: Tensor) -> Tensor:
+    """Below three quarters of the largest exponent, so that sums over tokens stay finite where one law is all but 0."""
+    return log_power.clamp(max=0.75 * math.log(torch.finfo(log_power.dtype).max))
+
+
 class _Power(Divergence):
     """``factor * (sum q^alpha p^(1 - alpha) - 1) / (alpha (alpha - 1))``: the power (alpha-)divergences, any alpha but 0, 1.
 
@@ -54,14 +59,14 @@ class _Power(Divergence):
             base, other, a = student, teacher, self.alpha
         else:
             base, other, a = teacher, student, 1.0 - self.alpha
-        power = base.exp() * torch.expm1(a * (other - base)) / a
+        power = base.exp() * torch.expm1(_held(a * (other - base))) / a
         return self.factor / (a - 1.0) * (power - other.exp() + base.exp())
 
     def advantage(self, student: Float[Tensor, "*n"], teacher: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        return self.factor * torch.expm1(self.alpha * (teacher - student)) / self.alpha
+        return self.factor * torch.expm1(_held(self.alpha * (teacher - student))) / self.alpha
 
     def value(self, student: Float[Tensor, "*n"], teacher: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        return self.factor * torch.expm1(self.alpha * (teacher - student)) / (self.alpha * (self.alpha - 1.0))
+        return self.factor * torch.expm1(_held(self.alpha * (teacher - student))) / (self.alpha * (self.alpha - 1.0))
 
 
 class Amari(_Power):
