@@ -240,6 +240,10 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in {**commands.COMMANDS, **commands.OWN_PARSER}:
             return commands.run(argv, read)
         cli = run_verbs(argv)
+    except SystemExit:
+        if argv in (["-h"], ["--help"]):
+            print(commands.OVERVIEW)
+        raise
     except (ValueError, OSError, ImportError, TypeError, KeyError, yaml.YAMLError) as error:
         if CarriedConfig.started or os.environ.get("OPD_TRACEBACK"):
             raise

@@ -199,6 +199,18 @@ OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
 """Verbs that read their own words and return the exit code."""
 
 
+OVERVIEW = """
+verbs that train nothing themselves:
+    configs             List what ships, or the methods as a table with their bias and noise.
+    validate-config     Check a configuration without loading weights, and say what it descends.
+    diff                Compare two configurations in terms of what they train.
+    race                Train several methods with several seeds and compare them.
+    report              Table and report of a run, finished or not.
+    audit-loss          Say which gradient a token loss of your own follows, and which known mistake it makes.
+    zoo                 List and rebuild the bundled models.
+"""
+
+
 def run(argv: list[str], read: Reader) -> int:
     """Run one of `COMMANDS` or `OWN_PARSER` with its arguments.
 

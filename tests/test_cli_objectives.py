@@ -201,3 +201,15 @@ def test_the_same_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.startswith("this objective descends: ")
     assert done.stdout.count("\n") == 1
+
+
+def test_the_catalogue_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("configs", "--methods") == 0
+    table = capsys.readouterr().out
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    assert head[0] == "method" and {"states", "divergence", "support", "credit", "route", "declared target"} <= set(head)
+    shipped = {Path(name).stem for name in configfiles.shipped() if name.startswith("methods/")}
+    assert {row[0] for row in rows} == shipped and len(shipped) >= 30
+    assert all(all(row) for row in rows)
+    page = (Path(__file__).resolve().parents[1] / "configs/methods/README.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in page for name in shipped)

@@ -120,7 +120,10 @@ def _rows(found: Audit) -> list[tuple[str, str]]:
 def _verdict(found: Audit) -> list[str]:
     if found.sound:
         what = "a gradient that is none of the known ones" if found.scale is None else found.follows
-        return [f"verdict: no defect found; it descends {what}"]
+        lines = [f"verdict: no defect found; it descends {what}"]
+        return lines + [
+            line for one in found.defects for line in textwrap.wrap(f"    but: {one}", WIDTH, subsequent_indent="         ")
+        ]
     lines = []
     for i, one in enumerate(found.defects):
         start = "verdict: DEFECT: " if i == 0 else "    and: "

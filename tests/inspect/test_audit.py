@@ -79,7 +79,7 @@ def test_a_mistake_is_named_and_nothing_else_is(name: str) -> None:
     assert [d.name for d in found.defects] == [expected]
     assert found.gradient_of == kind
     assert words in found.follows
-    assert not found.sound
+    assert found.sound == (expected == "infinite_logits")  # fragile, not wrong
     assert found.teacher_in_gradient == (name not in TEACHER_ABSENT)
     assert found.padding_leak == (expected in ("padding_in_mean", "padding_leak"))
     assert found.inf_safe == (expected != "infinite_logits")
