@@ -130,7 +130,8 @@ def test_shipped_configurations_are_accepted_whatever_devices_there_are(name: st
 
 
 # ---- diff -------------------------------------------------------------------------------------------------------------------
-def test_only_what_differs_is_shown_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_differs_is_shown_side_by_side(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert run("diff", "methods/opd.yaml", "methods/gkd.yaml") == 0
     shown = capsys.readouterr().out
     rows = {line[:12].strip(): line for line in shown.splitlines()}
