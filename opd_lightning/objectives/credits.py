@@ -150,7 +150,7 @@ class KStep(Credit):
     def __init__(self, k: int, gamma: float = 1.0) -> None:
         if k < 1:
             raise ValueError(f"KStep(k={k}): k must be at least 1 (1 is immediate credit)")
-        self.k, self.gamma = k, _discount("KStep", gamma)
+        self.k, self.gamma = k, _discount("KStep", gamma) if k > 1 else 0.0
         self.title = f"{k} steps" + (f", gamma={gamma:g}" if gamma < 1 else "") + _exactly(True)
         self.bias = f"costs more than {k - 1} tokens later are left out" if k > 1 else ""
 
