@@ -71,13 +71,7 @@ class Terms(Objective):
         if not terms or any(isinstance(t.objective, Terms) for t in terms):
             raise ValueError("Terms(terms=...): give at least one term, and no Terms inside Terms")
         self.terms, self.allow_degenerate = terms, allow_degenerate
-        first = terms[0].objective
-        self.temperature, self.reduction, self.support, self.credit = (
-            first.temperature,
-            first.reduction,
-            first.support,
-            first.credit,
-        )
+        self.temperature = terms[0].objective.temperature  # what on-policy sampling is compared with
 
     def flat(self) -> list[tuple[Objective, str]]:
         return [(t.objective, t.rows) for t in self.terms]
