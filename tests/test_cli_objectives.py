@@ -124,7 +124,7 @@ def test_a_wrong_key_is_refused_as_by_fit(words: list[str], expected: str, capsy
     assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [n for n in configfiles.shipped() if n.startswith(("methods/", "strategies/", "quickstart"))])
+@pytest.mark.parametrize("name", [n for n in configfiles.shipped() if n.startswith(("strategies/", "quickstart"))])
 def test_shipped_configurations_are_accepted_whatever_devices_there_are(name: str) -> None:
     assert run("validate-config", "-c", name) == 0
 

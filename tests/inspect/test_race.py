@@ -104,6 +104,7 @@ def test_numbers_are_those_of_the_runs(work: Path) -> None:
     assert "reverse KL" in (folder / "race.svg").read_text()
 
 
+@pytest.mark.slow
 def test_finished_runs_stay_an_interrupted_one_goes_on_and_a_failing_one_stops_nobody(
     there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +159,7 @@ def test_the_last_error_line(text: str, code: int, expected: str) -> None:
     assert race._last_error(text, code) == expected
 
 
+@pytest.mark.slow
 def test_sigterm_stops_the_race_and_its_run(there: Path) -> None:
     command = [sys.executable, "-m", "opd_lightning", *words("methods/opd.yaml", seeds=("0", "1"), folder="stopped")]
     process = subprocess.Popen([*command, "--max_steps", "5000"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
