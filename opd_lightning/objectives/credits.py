@@ -51,7 +51,7 @@ class Credit(Configurable, ABC):
 
     Attributes:
         gamma: discount per token of what comes later; 0 looks at nothing but the token itself.
-        analytic: costs are the exact divergence of the state instead of the drawn token's (Rao-Blackwellised: the same
+        analytic: it uses the exact divergence of the state, instead of or beside the drawn token's (Rao-Blackwellised: the same
             mean, less noise).
         critic: a value head must be trained for it.
         bias: what separates its expected gradient from that of its target; empty if nothing.
@@ -207,6 +207,8 @@ class GAE(Credit):
     Raises:
         ValueError: for values outside [0, 1].
     """
+
+    analytic = True
 
     def __init__(self, gamma: float = 0.99, lam: float = 0.95, train_critic: bool = True) -> None:
         self.gamma, self.lam = _discount("GAE", gamma), _discount("GAE", lam)

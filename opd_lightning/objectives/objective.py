@@ -301,7 +301,7 @@ class Objective(Configurable):
             if (b := self.baseline.value(self.divergence, student, aim)) is not None:
                 out["_reward"] = out["_reward"] - b
         out["_state_cost"] = torch.zeros_like(out["_reward"])
-        if self.credit.analytic or isinstance(self.credit, GAE):
+        if self.credit.analytic:
             out["_state_cost"] = self._state_cost(scores, student, aim)
         return out
 

@@ -118,16 +118,17 @@ class Terms(Objective):
         rows: Tensor | None = None,
     ) -> ObjectiveOutput:
         outputs = []
+        measuring = next((i for i, t in enumerate(self.terms) if t.objective.needs_teacher), 0)
         for i, term in enumerate(self.terms):
             own = replace(rollout, scale=rollout.scale[i : i + 1])
             theirs = teacher if term.objective.needs_teacher else None
-            k = agreement_k if i == 0 else 0
+            k = agreement_k if i == measuring else 0
             outputs.append(term.objective(student, theirs, own, k, extras, term.selected(rollout)))
         weighted = [(t.weight_at(extras.progress), o) for t, o in zip(self.terms, outputs, strict=True)]
         return ObjectiveOutput(
             loss=torch.stack([w * o.loss for w, o in weighted]).sum(),
             token_loss=torch.stack([w * o.token_loss for w, o in weighted]).sum(0),
-            stats=max(outputs, key=lambda o: len(o.stats.values)).stats,
+            stats=outputs[measuring].stats,
         )
 
 
