@@ -15,13 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from opd_lightning.models.lora import base_of
+from opd_lightning.ops.heads import Head
 from opd_lightning.ops.masks import flatten_completions
 from opd_lightning.types import Rendering
 
 
 @dataclass(frozen=True)
 class DenseLaws:
-    """Hidden states (N, D) and the head that turns them into logits. See `opd_lightning.types.TokenLaws`."""
+    """Hidden states (N, D) and the head that turns them into logits. See `opd_lightning.types.TokenLaws`.
+
+    With a `Head`, an objective never holds more than a few of the logits; any other callable is applied as it is.
+    """
 
     hidden: Tensor
     head: Callable[[Tensor], Tensor]
@@ -34,8 +38,12 @@ class DenseLaws:
         return self.head(self.hidden[start:stop])[:, : self.vocab]
 
 
-def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def head_of(model: nn.Module, vocab: int | None = None) -> Head:
     """Hidden states to logits, with the scale or soft-cap that some architectures apply after the matrix product.
+
+    Args:
+        model: a causal language model.
+        vocab: rows that carry a token; None takes all.
 
     Raises:
         ValueError: if the model has no output embedding.
@@ -46,15 +54,7 @@ def head_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
         raise ValueError(f"{type(base).__name__} has no output embedding; a causal language model is needed")
     config = base.config.get_text_config()
     factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = module(hidden)
-        if factor != 1.0:
-            logits = logits * factor
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return head
+    return Head(module, vocab or config.vocab_size, factor, getattr(config, "final_logit_softcapping", None))
 
 
 def laws_of(model: nn.Module, text: Rendering, vocab: int) -> DenseLaws:
@@ -64,7 +64,7 @@ def laws_of(model: nn.Module, text: Rendering, vocab: int) -> DenseLaws:
     """
     decoder: Any = base_of(model).get_decoder()  # type: ignore[operator]
     hidden = decoder(input_ids=text.ids, use_cache=False).last_hidden_state
-    return DenseLaws(flatten_completions(hidden, text.mask), head_of(model), vocab)
+    return DenseLaws(flatten_completions(hidden, text.mask), head_of(model, vocab), vocab)
 
 
 @contextmanager

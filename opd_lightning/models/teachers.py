@@ -67,7 +67,7 @@ class Teacher(Configurable, ABC):
 
         def head(states: Tensor) -> Tensor:  # runs later, when the student may be itself again
             with torch.no_grad(), self.speaking(student) as model:
-                return head_of(model)(states)
+                return head_of(model, vocab)(states)
 
         return DenseLaws(hidden, head, vocab)
 

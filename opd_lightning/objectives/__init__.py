@@ -55,9 +55,10 @@ from opd_lightning.objectives.gates import (
     TeacherEntropy,
     TokenGap,
 )
-from opd_lightning.objectives.objective import Extras, Objective
+from opd_lightning.objectives.objective import Objective
 from opd_lightning.objectives.reductions import Constant, Reduction, SequenceMean, TokenMean
 from opd_lightning.objectives.routes import CounterfactualRoute, Route, Vanilla
+from opd_lightning.objectives.rows import Extras
 from opd_lightning.objectives.shapers import Clip, Floor, NoShape, PowerDifference, Shaper, SoftLog, Softsign, Tanh
 from opd_lightning.objectives.supports import FullVocab, SampledToken, Support, TopK, WrittenToken
 from opd_lightning.objectives.targets import (

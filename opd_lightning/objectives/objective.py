@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from opd_lightning.configurable import Configurable
 from opd_lightning.objectives.baselines import Baseline, NoBaseline
@@ -20,38 +16,16 @@ from opd_lightning.objectives.divergences import Divergence
 from opd_lightning.objectives.gates import Gate, View
 from opd_lightning.objectives.reductions import Reduction, TokenMean
 from opd_lightning.objectives.routes import Route, Vanilla
+from opd_lightning.objectives.rows import Extras, Parts, measure
 from opd_lightning.objectives.shapers import NoShape, Shaper
-from opd_lightning.objectives.supports import FullVocab, Scores, Support
+from opd_lightning.objectives.supports import FullVocab, Support
 from opd_lightning.objectives.targets import Target, TeacherLaw
 from opd_lightning.objectives.validate import DeclaredTarget, declare, refuse_if_degenerate
-from opd_lightning.ops import logprobs as lp
-from opd_lightning.ops.agreement import agreement
-from opd_lightning.ops.estimators import k1, k3
 from opd_lightning.ops.masks import unflatten_completions
 from opd_lightning.types import ObjectiveOutput, Rollout, TokenLaws, TokenStats
 
-CHUNK_ELEMENTS = 2**24
-"""Logits that one chunk of tokens may hold: 64 MiB in float32. Longer batches are scored chunk by chunk, recomputing the
-head in the backward pass, so memory does not grow with the number of tokens."""
-
-
 LARGEST_COST = 1e4
 """What a critic is asked to predict at most, in nats: its squared error must stay finite in float32."""
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What some axes need beside the two models.
-
-    Attributes:
-        reference: laws of `model.reference`, for targets that need it.
-        critic: (N,) predicted minus future cost of every state, differentiable; for `GAE`.
-        progress: share of the run that is done, in [0, 1].
-    """
-
-    reference: TokenLaws | None = None
-    critic: Tensor | None = None
-    progress: float = 0.0
 
 
 class Objective(Configurable):
@@ -162,29 +136,68 @@ class Objective(Configurable):
         Raises:
             ValueError: if sampler log-probabilities are needed and unknown.
         """
+        self.check(rollout, rows)
         tokens = rollout.text.targets[rollout.mask]
-        sampler = rollout.sampler_logprobs[rollout.mask]
-        counts = rollout.mask if rows is None else rollout.mask & rows[:, None]
-        if self.needs_sampler and bool(sampler[counts[rollout.mask]].isnan().any()):
+        expected = self.expected_gradient(rollout, rows)
+        parts, stats = measure([self], student, teacher, tokens, agreement_k, extras, [expected])
+        return self.conclude(parts[0], stats, rollout, rows, student.vocab, extras.critic)
+
+    def check(self, rollout: Rollout, rows: Bool[Tensor, " B"] | None = None) -> None:
+        """Refuse a rollout that lacks what this objective needs.
+
+        Raises:
+            ValueError: if sampler log-probabilities are needed and unknown.
+        """
+        if self.needs_sampler and bool(rollout.sampler_logprobs[_counts(rollout, rows)].isnan().any()):
             raise ValueError(
                 f"{self.support.title} with {self.credit.title} credit needs the log-probability with which every token "
                 "was sampled, and some rows do not know it (completions from a data set). Use `rollout.source: "
                 "StudentSource`, or an exact support (FullVocab, TopK) with credit Immediate."
             )
-        parts = self._chunked(student, teacher, tokens, agreement_k, extras)
-        sampler = sampler.where(~sampler.isnan(), parts.logprob.detach().to(sampler.dtype))  # rows that do not count
-        token_loss = self._token_loss(parts, tokens, sampler, rollout, student.vocab, extras.critic).where(counts, 0.0)
-        weights = self.reduction.weights(counts, token_loss.dtype)
+
+    def expected_gradient(self, rollout: Rollout, rows: Bool[Tensor, " B"] | None = None) -> Float[Tensor, " N"] | None:
+        """What the loss will give to each token's divergence, where that follows from the reduction alone."""
+        if self.gates or self.needs_sampler:
+            return None
+        return self._weights(rollout, rows, torch.float64)[rollout.mask]
+
+    def _weights(self, rollout: Rollout, rows: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "B T"]:
+        """The factor of every token's loss; 0 where it does not count."""
+        counts = _counts(rollout, rows)
         scale = rollout.scale[0] if rollout.scale else 1.0 / max(self.reduction.denominator(counts), 1.0)
-        stats = {k: v for k, v in parts.detached.items() if not k.startswith("_")}
-        stats["ratio_deviation"] = ((parts.logprob.detach() - rollout.sampler_logprobs[rollout.mask]).exp() - 1.0).abs()
+        return (self.reduction.weights(counts, dtype) * scale).where(counts, 0.0)
+
+    def conclude(
+        self,
+        parts: Parts,
+        stats: dict[str, Tensor],
+        rollout: Rollout,
+        rows: Bool[Tensor, " B"] | None,
+        vocab: int,
+        critic: Float[Tensor, " N"] | None,
+    ) -> ObjectiveOutput:
+        """The loss, from what `measure` has left of the vocabulary.
+
+        Args:
+            parts: this objective's.
+            stats: (N,) measurements that are passed on.
+            rollout: the micro-batch.
+            rows: rollouts that count; None counts all.
+            vocab: entries of the vocabulary.
+            critic: see `Extras`.
+        """
+        sampler = rollout.sampler_logprobs[rollout.mask]
+        drawn = parts.logprob.detach()
+        stats = {**stats, "ratio_deviation": ((drawn - sampler).exp() - 1.0).abs()}
+        sampler = sampler.where(~sampler.isnan(), drawn.to(sampler.dtype))  # rows that do not count
+        token_loss = self._token_loss(parts, sampler, rollout, vocab, critic).where(_counts(rollout, rows), 0.0)
         position = (rollout.mask.cumsum(-1) - 1)[rollout.mask]
-        return ObjectiveOutput((token_loss * weights).sum() * scale, token_loss.detach(), TokenStats(position, stats))
+        loss = (token_loss * self._weights(rollout, rows, token_loss.dtype)).sum()
+        return ObjectiveOutput(loss, token_loss.detach(), TokenStats(position, stats))
 
     def _token_loss(
         self,
         parts: Parts,
-        tokens: Int[Tensor, " N"],
         sampler: Float[Tensor, " N"],
         rollout: Rollout,
         vocab: int,
@@ -196,14 +209,15 @@ class Objective(Configurable):
         def spread(flat: Tensor) -> Tensor:
             return unflatten_completions(flat, mask)
 
-        loss = spread(parts.direct)
+        zero = torch.zeros_like(parts.logprob.detach())
+        loss = spread(parts.direct if parts.direct is not None else zero)
         advantage = torch.zeros_like(loss.detach())
         logprob = spread(parts.logprob)
         if self.needs_sampler:
             values = spread(critic.detach().to(loss.dtype)) if critic is not None else None
-            cost, state_cost = spread(found["_cost"]), spread(found["_state_cost"])
+            cost, state_cost = spread(found["cost"]), spread(found["state_cost"])
             log_ratio = spread(parts.logprob.detach() - sampler.to(logprob.dtype))
-            local = spread(found["_reward"])
+            local = spread(found["reward"])
             if (reach := self.correction.reach(log_ratio, mask)) is not None:
                 loss = loss * reach.state
                 local, cost, state_cost = local * reach.token, cost * reach.token, state_cost * reach.state
@@ -216,148 +230,20 @@ class Objective(Configurable):
                 destination = spread(parts.routed)
                 drawn = unit.where(mask, 0.0)
                 pulled = (destination - destination.detach()).exp()
-                loss = loss - weight * self.route.surrogate(advantage, drawn, pulled, spread(found["_share"]))
+                loss = loss - weight * self.route.surrogate(advantage, drawn, pulled, spread(found["share"]))
         if self.gates:
-            seen = {
-                k: spread(found.get(k, torch.zeros_like(parts.direct)))
-                for k in ("student_entropy", "teacher_entropy", "reverse_kl")
-            }
-            on_token = spread(parts.logprob.detach()), spread(found["_teacher_logprob"])
-            view = View(mask, spread(tokens), *on_token, **seen, advantage=advantage, vocab=vocab)
+            seen = {k: spread(found.get(k, zero)) for k in ("student_entropy", "teacher_entropy", "reverse_kl")}
+            on_token = spread(parts.logprob.detach()), spread(found["teacher_logprob"])
+            view = View(mask, rollout.text.targets.where(mask, 0), *on_token, **seen, advantage=advantage, vocab=vocab)
             for gate in self.gates:
                 loss = loss * gate.weight(view).where(mask, 0.0)
         if critic is not None:
             assert isinstance(self.credit, GAE)
-            goal = -self.credit.future_cost(spread(found["_state_cost"]), mask).clamp(max=LARGEST_COST)
+            goal = -self.credit.future_cost(spread(found["state_cost"]), mask).clamp(max=LARGEST_COST)
             loss = loss + 0.5 * (spread(critic.to(loss.dtype)) - goal).square()
         return loss
 
-    def _chunked(
-        self,
-        student: TokenLaws,
-        teacher: TokenLaws | None,
-        tokens: Int[Tensor, " N"],
-        agreement_k: int,
-        extras: Extras,
-    ) -> Parts:
-        """Everything that needs the vocabulary, with few logits alive at a time."""
-        total = len(student)
-        size = max(64, CHUNK_ELEMENTS // student.vocab)
-        parts = []
-        for start in range(0, max(total, 1), size):
-            stop = min(start + size, total)
 
-            def score(start: int = start, stop: int = stop) -> Parts:
-                theirs = teacher.logits(start, stop) if teacher is not None else None
-                third = extras.reference.logits(start, stop) if extras.reference is not None else None
-                return self.score(student.logits(start, stop), theirs, tokens[start:stop], agreement_k, third, extras.progress)
-
-            parts.append(_recomputed(score) if total > size else score())
-        return Parts.cat(parts)
-
-    def score(
-        self,
-        student_logits: Float[Tensor, "N V"],
-        teacher_logits: Float[Tensor, "N V"] | None,
-        tokens: Int[Tensor, " N"],
-        agreement_k: int = 0,
-        reference_logits: Float[Tensor, "N V"] | None = None,
-        progress: float = 0.0,
-    ) -> Parts:
-        """Everything that needs the vocabulary, token by token."""
-        student = lp.log_softmax(student_logits, self.temperature)
-        logprob = lp.gather(student, tokens)
-        if teacher_logits is None:
-            scores = self.support.score(self.divergence, student, None, tokens)
-            assert scores.direct is not None
-            with torch.no_grad():
-                nothing = torch.zeros_like(logprob)
-                zeros = dict.fromkeys(("_reward", "_cost", "_state_cost", "_teacher_logprob"), nothing)
-                return Parts(scores.direct, logprob, None, {"student_entropy": lp.entropy(student), **zeros})
-        with torch.no_grad():
-            teacher = lp.log_softmax(teacher_logits.detach(), self.temperature)
-            third = lp.log_softmax(reference_logits.detach(), self.temperature) if reference_logits is not None else None
-            aim = self.target.law(student.detach(), teacher, third, progress).clamp(min=lp.floor_of(student.dtype))
-        scores = self.support.score(self.divergence, student, aim, tokens)
-        routed = self.route.score(student, aim, tokens)
-        direct = scores.direct if scores.direct is not None else torch.zeros_like(logprob)
-        with torch.no_grad():
-            found = self._signals(scores, student, aim, tokens)
-            if routed is not None:
-                found["_share"] = routed.share
-            found |= _statistics(student, teacher, tokens, agreement_k)
-        return Parts(direct, logprob, routed.log_destination if routed is not None else None, found)
-
-    def _signals(self, scores: Scores, student: Tensor, aim: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """What credit is made of: under ``_reward`` the signal of the drawn token, under ``_cost`` what it costs others."""
-        on_token = lp.gather(student, tokens), lp.gather(aim, tokens)
-        out = {"_teacher_logprob": on_token[1]}
-        out["_reward"] = torch.zeros_like(on_token[0])
-        out["_cost"] = scores.cost if scores.cost is not None else out["_reward"]
-        if scores.reward is not None:
-            out["_reward"] = self.shaper.shape(scores.reward, *on_token)
-            if self.shaper.title and scores.direct is None:
-                out["_cost"] = -self.shaper.shape(-out["_cost"], *on_token)
-            if (b := self.baseline.value(self.divergence, student, aim)) is not None:
-                out["_reward"] = out["_reward"] - b
-        out["_state_cost"] = torch.zeros_like(out["_reward"])
-        if self.credit.analytic:
-            out["_state_cost"] = self._state_cost(scores, student, aim)
-        return out
-
-    def _state_cost(self, scores: Scores, student: Tensor, aim: Tensor) -> Tensor:
-        """The mean over tokens of what is under ``_cost``."""
-        if scores.direct is not None and not self.support.sampled:
-            return scores.direct.detach()
-        if self.shaper.title and scores.direct is None:
-            return -(student.exp() * self.shaper.shape(-self.divergence.value(student, aim), student, aim)).sum(-1)
-        return self.divergence.total(student, aim)
-
-
-def _statistics(student: Tensor, teacher: Tensor, tokens: Tensor, agreement_k: int) -> dict[str, Tensor]:
-    """Measurements of the two models, whatever is descended."""
-    on_token = lp.gather(student, tokens), lp.gather(teacher, tokens)
-    out = {
-        "student_entropy": lp.entropy(student),
-        "teacher_entropy": lp.entropy(teacher),
-        "reverse_kl": (student.exp() * (student - teacher)).sum(-1),
-        "k1": k1(*on_token),
-        "k3": k3(*on_token),
-    }
-    if agreement_k > 0:
-        found = agreement(student, teacher, agreement_k)
-        out |= {
-            "overlap": found.overlap,
-            "student_overlap_mass": found.student_mass,
-            "teacher_overlap_mass": found.teacher_mass,
-            "overlap_advantage": found.advantage,
-        }
-    return out
-
-
-class Parts(NamedTuple):
-    """What is left of the vocabulary, per token.
-
-    Attributes:
-        direct: (N,) differentiated as it stands.
-        logprob: (N,) the student's log-probability of the drawn token.
-        routed: (N,) log-probability of the route's destination, or None.
-        detached: (N,) statistics, and under names with a leading underscore what credit, gates and routes need.
-    """
-
-    direct: Tensor
-    logprob: Tensor
-    routed: Tensor | None
-    detached: dict[str, Tensor]
-
-    @classmethod
-    def cat(cls, parts: list[Parts]) -> Parts:
-        direct, logprob, routed, detached = zip(*parts, strict=True)
-        joined = {k: torch.cat([d[k] for d in detached]) for k in detached[0]}
-        return cls(torch.cat(direct), torch.cat(logprob), None if routed[0] is None else torch.cat(routed), joined)
-
-
-def _recomputed(score: Callable[[], Parts]) -> Parts:
-    """Run ``score`` now and, for its gradient, once more in the backward pass."""
-    result: Parts = checkpoint(score, use_reentrant=False, preserve_rng_state=False)
-    return result
+def _counts(rollout: Rollout, rows: Tensor | None) -> Bool[Tensor, "B T"]:
+    """Tokens that an objective learns from."""
+    return rollout.mask if rows is None else rollout.mask & rows[:, None]

@@ -54,10 +54,12 @@ class Support(Configurable, ABC):
 
     Attributes:
         sampled: True if it stands on the drawn token and needs the recorded sampler log-probabilities.
+        summed: True if entries are summed and differentiated through (`Scores.direct`).
         needs_teacher: False if the text alone is the target.
     """
 
     sampled: bool = False
+    summed: bool = True
     needs_teacher: bool = True
 
     @abstractmethod
@@ -180,6 +182,7 @@ class SampledToken(Support):
     """
 
     sampled = True
+    summed = False
     title = "sampled token"
 
     def score(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from opd_lightning.configurable import Configurable
-from opd_lightning.objectives.objective import Extras, Objective
+from opd_lightning.objectives.objective import Objective
+from opd_lightning.objectives.rows import Extras, measure
 from opd_lightning.objectives.validate import DeclaredTarget
 from opd_lightning.types import NOT_A_STUDENT, ObjectiveOutput, Rollout, TokenLaws
 
@@ -117,18 +118,24 @@ class Terms(Objective):
         extras: Extras = Extras(),
         rows: Tensor | None = None,
     ) -> ObjectiveOutput:
-        outputs = []
-        measuring = next((i for i, t in enumerate(self.terms) if t.objective.needs_teacher), 0)
-        for i, term in enumerate(self.terms):
-            own = replace(rollout, scale=rollout.scale[i : i + 1])
-            theirs = teacher if term.objective.needs_teacher else None
-            k = agreement_k if i == measuring else 0
-            outputs.append(term.objective(student, theirs, own, k, extras, term.selected(rollout)))
-        weighted = [(t.weight_at(extras.progress), o) for t, o in zip(self.terms, outputs, strict=True)]
+        objectives, selected = [t.objective for t in self.terms], [t.selected(rollout) for t in self.terms]
+        sizes = [t.weight_at(extras.progress) for t in self.terms]
+        own = [replace(rollout, scale=rollout.scale[i : i + 1]) for i in range(len(self.terms))]
+        expected: list[Tensor | None] = []
+        for objective, part, chosen, size in zip(objectives, own, selected, sizes, strict=True):
+            objective.check(part, chosen)
+            given = objective.expected_gradient(part, chosen)
+            expected.append(given if given is None else given * size)
+        tokens = rollout.text.targets[rollout.mask]
+        found, stats = measure(objectives, student, teacher, tokens, agreement_k, extras, expected)
+        outputs = [
+            objective.conclude(parts, stats, part, chosen, student.vocab, extras.critic)
+            for objective, parts, part, chosen in zip(objectives, found, own, selected, strict=True)
+        ]
         return ObjectiveOutput(
-            loss=torch.stack([w * o.loss for w, o in weighted]).sum(),
-            token_loss=torch.stack([w * o.token_loss for w, o in weighted]).sum(0),
-            stats=outputs[measuring].stats,
+            loss=torch.stack([w * o.loss for w, o in zip(sizes, outputs, strict=True)]).sum(),
+            token_loss=torch.stack([w * o.token_loss for w, o in zip(sizes, outputs, strict=True)]).sum(0),
+            stats=outputs[0].stats,
         )
 
 

@@ -24,10 +24,12 @@ def log_softmax(logits: Float[Tensor, "*n V"], temperature: float = 1.0) -> Floa
     >>> log_softmax(torch.tensor([0.0, float("-inf")])).tolist()[0]
     0.0
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if temperature != 1.0:
-        wide = wide / temperature
-    return wide.log_softmax(-1).clamp(min=floor_of(wide.dtype))
+        logits = logits.to(dtype) / temperature
+    logprobs = logits.log_softmax(-1, dtype=dtype)
+    floor = floor_of(dtype)
+    return logprobs.clamp(min=floor) if logprobs.requires_grad else logprobs.clamp_(min=floor)
 
 
 def gather(logprobs: Float[Tensor, "N V"], ids: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -64,4 +66,5 @@ def entropy(logprobs: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
     >>> round(entropy(torch.full((1, 4), 0.25).log()).item(), 4)
     1.3863
     """
-    return -(logprobs.exp() * logprobs).sum(-1)
+    value: Tensor = torch.linalg.vecdot(logprobs.exp(), logprobs)
+    return -value

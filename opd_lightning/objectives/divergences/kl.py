@@ -35,6 +35,13 @@ class ReverseKL(Divergence):
     def value(self, student: Float[Tensor, "*n"], teacher: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return student - teacher
 
+    def logit_gradient(
+        self, student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"]
+    ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]]:
+        probability, gap = student.exp(), student - teacher
+        value = torch.linalg.vecdot(probability, gap)
+        return value, gap.sub_(value[..., None]).mul_(probability)
+
 
 class ForwardKL(Divergence):
     """KL(teacher ‖ student) = sum q (log q - log p). Mass covering.
@@ -58,6 +65,12 @@ class ForwardKL(Divergence):
 
     def advantage(self, student: Float[Tensor, "*n"], teacher: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         return torch.expm1(teacher - student)
+
+    def logit_gradient(
+        self, student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"]
+    ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]]:
+        probability = teacher.exp()
+        return torch.linalg.vecdot(probability, teacher - student), student.exp().sub_(probability)
 
 
 class Jeffreys(Divergence):
@@ -111,6 +124,16 @@ class _MixtureKL(Divergence):
     def _mixture(self, student: Tensor, teacher: Tensor) -> Tensor:
         mixture = torch.logaddexp(teacher + math.log(self.shares[0]), student + math.log(self.shares[1]))
         return mixture.detach() if self.frozen else mixture
+
+    def logit_gradient(
+        self, student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"]
+    ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]] | None:
+        """For every f-divergence it is ``p (mean_p A - A)`` with the advantage A."""
+        if self.frozen:
+            return None
+        probability, advantage = student.exp(), self.advantage(student, teacher)
+        mean = torch.linalg.vecdot(probability, advantage)
+        return self.total(student, teacher), advantage.sub_(mean[..., None]).neg_().mul_(probability)
 
     def raw(self, student: Float[Tensor, "*n K"], teacher: Float[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:
         mixture = self._mixture(student, teacher)

@@ -1,0 +1,331 @@
+"""Everything of an objective that needs the vocabulary, a few tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd_lightning.objectives.baselines import Baseline
+from opd_lightning.objectives.credits import Credit
+from opd_lightning.objectives.divergences import Divergence
+from opd_lightning.objectives.gates import Gate
+from opd_lightning.objectives.routes import Route, Vanilla
+from opd_lightning.objectives.shapers import Shaper
+from opd_lightning.objectives.supports import FullVocab, Scores, Support
+from opd_lightning.objectives.targets import Target, TeacherLaw
+from opd_lightning.ops import logprobs as lp
+from opd_lightning.ops.agreement import agreement
+from opd_lightning.ops.estimators import k1, k3
+from opd_lightning.ops.fused import Scored, score_rows
+from opd_lightning.ops.heads import Head
+from opd_lightning.types import TokenLaws
+
+
+@runtime_checkable
+class Axes(Protocol):
+    """What is asked of an `Objective` here."""
+
+    divergence: Divergence
+    support: Support
+    target: Target
+    credit: Credit
+    baseline: Baseline
+    shaper: Shaper
+    route: Route
+    gates: list[Gate]
+    temperature: float
+
+    @property
+    def needs_teacher(self) -> bool: ...
+
+    @property
+    def needs_sampler(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What some axes need beside the two models.
+
+    Attributes:
+        reference: laws of `model.reference`, for targets that need it.
+        critic: (N,) predicted minus future cost of every state, differentiable; for `GAE`.
+        progress: share of the run that is done, in [0, 1].
+    """
+
+    reference: TokenLaws | None = None
+    critic: Tensor | None = None
+    progress: float = 0.0
+
+
+class Parts(NamedTuple):
+    """What is left of the vocabulary, per token.
+
+    Attributes:
+        direct: (N,) differentiated as it stands; None if there is nothing of the kind.
+        logprob: (N,) the student's log-probability of the drawn token; differentiable where the objective samples.
+        routed: (N,) log-probability of the route's destination, or None.
+        detached: (N,) what credit, gates and routes need.
+    """
+
+    direct: Tensor | None
+    logprob: Tensor
+    routed: Tensor | None
+    detached: dict[str, Tensor]
+
+
+def measure(
+    objectives: Sequence[Axes],
+    student: TokenLaws,
+    teacher: TokenLaws | None,
+    tokens: Int[Tensor, " N"],
+    agreement_k: int,
+    extras: Extras,
+    expected: Sequence[Tensor | None] | None = None,
+) -> tuple[list[Parts], dict[str, Tensor]]:
+    """One pass over the vocabulary for several objectives.
+
+    Args:
+        objectives: they share both models' laws and the measurements.
+        student: laws at N tokens.
+        teacher: the same, or None if no objective needs it.
+        tokens: those that were drawn.
+        agreement_k: size of the top-k sets whose agreement is measured; 0 leaves it out.
+        extras: reference laws and progress.
+        expected: per objective, the gradient that its loss gives to each ``direct``, up to one factor; None if unknown.
+
+    Returns:
+        What each objective needs, and (N,) statistics of the two models.
+    """
+    rows = ObjectiveRows(objectives, teacher, extras, tokens, agreement_k)
+    head = getattr(student, "head", None)
+    if isinstance(head, Head):
+        hints = rows.spread(expected) if expected is not None else None
+        outputs, measured = score_rows(student.hidden, head, rows, hints)  # type: ignore[attr-defined]
+    else:
+        others = rows.load(0, len(student), gradient_only=False)
+        outputs, measured, _ = rows.measure(student.logits(0, len(student)), others, 0, len(student))
+    return rows.collect(outputs, measured)
+
+
+class ObjectiveRows:
+    """Several objectives as one row-wise loss; implements `opd_lightning.ops.fused.Rows`.
+
+    Its outputs are, objective by objective, those of ``direct``, ``logprob`` and ``routed`` that carry a gradient.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Axes],
+        teacher: TokenLaws | None,
+        extras: Extras,
+        tokens: Int[Tensor, " N"],
+        agreement_k: int,
+    ) -> None:
+        self.objectives, self.teacher, self.reference = objectives, teacher, extras.reference
+        self.progress, self.tokens, self.agreement_k = extras.progress, tokens, agreement_k
+        self.names = [(i, name) for i, o in enumerate(objectives) for name in _differentiated(o)]
+        self.measuring = next((i for i, o in enumerate(objectives) if o.needs_teacher), 0)
+
+    def spread(self, expected: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """Expected gradients of the outputs, or None where only ``direct`` is known and more is differentiated."""
+        if any(expected[i] is None or name != "direct" for i, name in self.names):
+            return None
+        return [expected[i] for i, _ in self.names]
+
+    def load(self, start: int, stop: int, gradient_only: bool) -> tuple[Tensor, ...]:
+        if gradient_only and all(name == "logprob" for _, name in self.names):
+            return ()
+        others = [] if self.teacher is None else [self.teacher.logits(start, stop)]
+        if self.reference is not None:
+            others.append(self.reference.logits(start, stop))
+        return tuple(others)
+
+    def score(
+        self, logits: Tensor, others: Sequence[Tensor], start: int, stop: int, factors: Sequence[Tensor | None] | None
+    ) -> Scored:
+        with torch.no_grad():
+            if factors is None:
+                return self.measure(logits, others, start, stop)
+            if self.names and not others and self.teacher is not None:
+                return Scored([], {}, self._of_drawn(logits, start, stop, factors))
+            if (closed := self._closed(logits, others, start, stop, factors)) is not None:
+                return closed
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            outputs, measured, _ = self.measure(leaf, others, start, stop)
+            pairs = [(o, f) for o, f in zip(outputs, factors, strict=True) if f is not None and o.requires_grad]
+            if not pairs:
+                return Scored([o.detach() for o in outputs], measured, torch.zeros_like(logits))
+            (gradient,) = torch.autograd.grad([o for o, _ in pairs], leaf, [f.to(o.dtype) for o, f in pairs])
+        return Scored([o.detach() for o in outputs], measured, gradient)
+
+    def measure(self, logits: Tensor, others: Sequence[Tensor], start: int, stop: int) -> Scored:
+        tokens = self.tokens[start:stop]
+        outputs: dict[tuple[int, str], Tensor] = {}
+        measured: dict[Hashable, Tensor] = {}
+        for i, objective in enumerate(self.objectives):
+            theirs, third = self._others(others, objective)
+            parts, stats = score(objective, logits, theirs, tokens, third, self.progress, self.measuring == i, self.agreement_k)
+            for name in ("direct", "logprob", "routed"):
+                if (value := getattr(parts, name)) is not None:
+                    outputs[i, name] = value
+            measured[i, "logprob"] = parts.logprob.detach()
+            measured |= {(i, "_" + key): value for key, value in parts.detached.items()}
+            measured.update(stats)
+        return Scored([outputs[key] for key in self.names], measured)
+
+    def collect(self, outputs: Sequence[Tensor], measured: dict[Hashable, Tensor]) -> tuple[list[Parts], dict[str, Tensor]]:
+        """Outputs and measurements of all tokens, sorted by objective."""
+        found = dict(zip(self.names, outputs, strict=True))
+        parts = []
+        for i in range(len(self.objectives)):
+            detached = {k[1][1:]: v for k, v in measured.items() if isinstance(k, tuple) and k[0] == i and k[1] != "logprob"}
+            logprob = found.get((i, "logprob"), measured[i, "logprob"])
+            parts.append(Parts(found.get((i, "direct")), logprob, found.get((i, "routed")), detached))
+        return parts, {k: v for k, v in measured.items() if isinstance(k, str)}
+
+    def _others(self, others: Sequence[Tensor], objective: Axes) -> tuple[Tensor | None, Tensor | None]:
+        theirs = others[0] if self.teacher is not None and objective.needs_teacher else None
+        third = others[-1] if self.reference is not None else None
+        return theirs, third
+
+    def _of_drawn(self, logits: Tensor, start: int, stop: int, factors: Sequence[Tensor | None]) -> Float[Tensor, "n V"]:
+        """The gradient of log-probabilities of drawn tokens alone: ``c (e_a - p) / T``, for which no other model is asked."""
+        total: Tensor | None = None
+        for (i, _), factor in zip(self.names, factors, strict=True):
+            if factor is None:
+                continue
+            temperature = self.objectives[i].temperature
+            share = lp.log_softmax(logits, temperature).exp_()
+            size = (factor.to(share.dtype) / temperature)[:, None]
+            term = share.mul_(-size).scatter_add_(-1, self.tokens[start:stop, None], size)
+            total = term if total is None else total + term
+        return torch.zeros_like(logits) if total is None else total
+
+    def _closed(
+        self, logits: Tensor, others: Sequence[Tensor], start: int, stop: int, factors: Sequence[Tensor | None]
+    ) -> Scored | None:
+        """One exact sum over the vocabulary against the teacher itself, with the divergence's own gradient: no graph."""
+        (objective,) = self.objectives if len(self.objectives) == 1 else (None,)
+        if objective is None or self.names != [(0, "direct")] or factors[0] is None:
+            return None
+        if type(objective.support) is not FullVocab or type(objective.target) is not TeacherLaw:
+            return None
+        tokens = self.tokens[start:stop]
+        student = lp.log_softmax(logits, objective.temperature)
+        teacher = lp.log_softmax(others[0], objective.temperature)
+        closed = objective.divergence.logit_gradient(student, teacher)
+        if closed is None:
+            return None
+        value, gradient = closed
+        gradient *= (factors[0].to(gradient.dtype) / objective.temperature)[:, None]
+        signals = _signals(objective, Scores(value, None, value), student, teacher, tokens)
+        stats = statistics(student, teacher, tokens, self.agreement_k)
+        measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
+        measured |= {(0, "_" + key): value for key, value in signals.items()}
+        measured.update(stats)
+        return Scored([value], measured, gradient)
+
+
+def _differentiated(objective: Axes) -> list[str]:
+    names = ["direct"] if objective.support.summed else []
+    if objective.needs_sampler:
+        names.append("logprob")
+    if objective.needs_sampler and type(objective.route) is not Vanilla:
+        names.append("routed")
+    return names
+
+
+def score(
+    objective: Axes,
+    student_logits: Float[Tensor, "n V"],
+    teacher_logits: Float[Tensor, "n V"] | None,
+    tokens: Int[Tensor, " n"],
+    reference_logits: Float[Tensor, "n V"] | None = None,
+    progress: float = 0.0,
+    measuring: bool = True,
+    agreement_k: int = 0,
+) -> tuple[Parts, dict[str, Tensor]]:
+    """One objective on both models' logits: what it needs of the vocabulary, and statistics if it is the ``measuring`` one."""
+    student = lp.log_softmax(student_logits, objective.temperature)
+    logprob = lp.gather(student, tokens)
+    if teacher_logits is None:
+        direct = objective.support.score(objective.divergence, student, None, tokens).direct
+        with torch.no_grad():
+            detached = dict.fromkeys(("reward", "cost", "state_cost", "teacher_logprob"), torch.zeros_like(logprob))
+            detached["student_entropy"] = lp.entropy(student)
+        return Parts(direct, logprob, None, detached), {"student_entropy": detached["student_entropy"]} if measuring else {}
+    with torch.no_grad():
+        teacher = lp.log_softmax(teacher_logits.detach(), objective.temperature)
+        third = lp.log_softmax(reference_logits.detach(), objective.temperature) if reference_logits is not None else None
+        aim = objective.target.law(student.detach(), teacher, third, progress).clamp(min=lp.floor_of(student.dtype))
+    scores = objective.support.score(objective.divergence, student, aim, tokens)
+    routed = objective.route.score(student, aim, tokens)
+    with torch.no_grad():
+        detached = _signals(objective, scores, student, aim, tokens)
+        if routed is not None:
+            detached["share"] = routed.share
+        stats = statistics(student, teacher, tokens, agreement_k if measuring else 0) if measuring or objective.gates else {}
+        if objective.gates:
+            detached |= {k: stats[k] for k in ("student_entropy", "teacher_entropy", "reverse_kl")}
+    return Parts(scores.direct, logprob, routed.log_destination if routed is not None else None, detached), (
+        stats if measuring else {}
+    )
+
+
+def _signals(objective: Axes, scores: Scores, student: Tensor, aim: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """What credit is made of: under ``reward`` the signal of the drawn token, under ``cost`` what it costs others."""
+    on_token = lp.gather(student, tokens), lp.gather(aim, tokens)
+    out = {"teacher_logprob": on_token[1]}
+    out["reward"] = torch.zeros_like(on_token[0])
+    out["cost"] = scores.cost if scores.cost is not None else out["reward"]
+    shaper = objective.shaper
+    if scores.reward is not None:
+        out["reward"] = shaper.shape(scores.reward, *on_token)
+        if shaper.title and scores.direct is None:
+            out["cost"] = -shaper.shape(-out["cost"], *on_token)
+        if (b := objective.baseline.value(objective.divergence, student, aim)) is not None:
+            out["reward"] = out["reward"] - b
+    out["state_cost"] = torch.zeros_like(out["reward"])
+    if objective.credit.analytic:
+        out["state_cost"] = _state_cost(objective, scores, student, aim)
+    return out
+
+
+def _state_cost(objective: Axes, scores: Scores, student: Tensor, aim: Tensor) -> Tensor:
+    """The mean over tokens of what is under ``cost``."""
+    if scores.direct is not None and not objective.support.sampled:
+        return scores.direct.detach()
+    divergence, shaper = objective.divergence, objective.shaper
+    if shaper.title and scores.direct is None:
+        return -(student.exp() * shaper.shape(-divergence.value(student, aim), student, aim)).sum(-1)
+    return divergence.total(student, aim)
+
+
+def statistics(
+    student: Float[Tensor, "n V"], teacher: Float[Tensor, "n V"], tokens: Int[Tensor, " n"], agreement_k: int
+) -> dict[str, Tensor]:
+    """Measurements of the two models, whatever is descended. (n,) each, in nats where nothing is said."""
+    on_token = lp.gather(student, tokens), lp.gather(teacher, tokens)
+    probability = student.exp()
+    out = {
+        "student_entropy": -torch.linalg.vecdot(probability, student),
+        "teacher_entropy": lp.entropy(teacher),
+        "reverse_kl": torch.linalg.vecdot(probability, student - teacher),
+        "k1": k1(*on_token),
+        "k3": k3(*on_token),
+    }
+    if agreement_k > 0:
+        found = agreement(student, teacher, agreement_k)
+        out |= {
+            "overlap": found.overlap,
+            "student_overlap_mass": found.student_mass,
+            "teacher_overlap_mass": found.teacher_mass,
+            "overlap_advantage": found.advantage,
+        }
+    return out

@@ -1,0 +1,294 @@
+"""A row-wise loss on a language model's logits, without the logits.
+
+The head multiplies a tile of tokens, a cache-sized block of rows at a time becomes values and its own gradient, and the
+gradient takes the logits' place in memory. So two tiles (one a model) and the weight gradient are all that is ever alive,
+whatever the number of tokens, and every logit is computed once: the gradient is made in the forward pass for the factors
+that the caller expects, and made again in the backward pass only where it expected none or wrong ones.
+
+Weight gradients are summed over tiles in float32 at least: rounding each tile's product to bfloat16 would bias training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opd_lightning.ops.heads import Head
+
+TILE = 2**24
+"""Logits of one model that are alive at once: 32 MiB in bfloat16, and what a matrix product needs to run at full speed."""
+
+BLOCK = 2**19
+"""Logits whose values and gradient are made at a time on a CPU: their float32 temporaries (2 MiB each) stay in its cache."""
+
+PIECE = 4096
+"""Vocabulary rows of the weight gradient that are multiplied and added at a time."""
+
+
+class Scored(NamedTuple):
+    """What is left of some rows.
+
+    Attributes:
+        outputs: (n,) each; the loss is made of them.
+        measured: (n,) each, without gradient.
+        gradient: (n, V) of ``sum(factors * outputs)`` with respect to the logits; None if no factors were given.
+    """
+
+    outputs: list[Tensor]
+    measured: dict[Hashable, Tensor]
+    gradient: Tensor | None = None
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """A loss that looks at one token's logits at a time."""
+
+    def load(self, start: int, stop: int, gradient_only: bool) -> tuple[Tensor, ...]:
+        """(n, V) logits of other models for these tokens. ``gradient_only``: nothing but gradients will be asked of them."""
+
+    def score(
+        self, logits: Tensor, others: Sequence[Tensor], start: int, stop: int, factors: Sequence[Tensor | None] | None
+    ) -> Scored:
+        """Outputs and measurements of these tokens; with factors (one (n,) tensor an output, None for 0) the gradient too."""
+
+    def measure(self, logits: Tensor, others: Sequence[Tensor], start: int, stop: int) -> Scored:
+        """The same with autograd's graph behind the outputs, and no gradient of its own."""
+
+
+def score_rows(
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    rows: Rows,
+    expected: Sequence[Tensor | None] | None = None,
+    tile: int | None = None,
+) -> tuple[list[Tensor], dict[Hashable, Tensor]]:
+    """Outputs of every token, differentiable with respect to the hidden states and the head, and measurements.
+
+    Args:
+        hidden: states at N tokens.
+        head: of the same model.
+        rows: what is computed from the logits.
+        expected: the gradient that each output is expected to get, up to one common factor; None if nobody knows. A wrong
+            guess costs time, never correctness.
+        tile: logits of one model that may be alive at once; None is `TILE`.
+
+    Returns:
+        (N,) outputs, and (N,) measurements by name.
+    """
+    if len(hidden) * head.vocab <= BLOCK:  # nothing to save
+        scored = rows.measure(head(hidden), rows.load(0, len(hidden), False), 0, len(hidden))
+        return scored.outputs, scored.measured
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    autocast = torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+    work = _Work(head, rows, expected if torch.is_grad_enabled() else None, tile or TILE, autocast)
+    outputs = _Fused.apply(hidden, work, *head.trained)
+    return list(outputs), work.measured
+
+
+class _Work:
+    """The tile loop, and what it leaves."""
+
+    def __init__(
+        self, head: Head, rows: Rows, expected: Sequence[Tensor | None] | None, tile: int, autocast: torch.autocast
+    ) -> None:
+        self.head, self.rows, self.expected = head, rows, expected
+        self.tile = max(1, tile // _width(head))
+        self.measured: dict[Hashable, Tensor] = {}
+        self.ready: tuple[Tensor | None, list[Tensor]] | None = None
+        self.autocast = autocast
+        self.random = torch.get_rng_state() if not head.plain else None  # dropout in an adapted head
+
+    def run(
+        self, hidden: Tensor, factors: Sequence[Tensor | None] | None, wanted: bool, outputs_wanted: bool
+    ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+        """One pass over the tokens.
+
+        Args:
+            hidden: (N, D).
+            factors: of the outputs' gradient; None makes no gradient.
+            wanted: whether the hidden states' gradient is needed.
+            outputs_wanted: False in the backward pass.
+
+        Returns:
+            outputs, the hidden states' gradient, the parameters' gradients in float32 or wider.
+        """
+        found: list[Scored] = []
+        product = _Product(self.head, hidden, wanted and factors is not None)
+        block = max(1, BLOCK // self.head.vocab) if hidden.device.type == "cpu" else self.tile
+        for start in range(0, len(hidden), self.tile):
+            stop = min(start + self.tile, len(hidden))
+            values = product.forward(start, stop)
+            others = self.rows.load(start, stop, not outputs_wanted)
+            for a in range(start, stop, block):
+                b = min(a + block, stop)
+                at = slice(a - start, b - start)
+                own = [f if f is None else f[a:b] for f in factors] if factors is not None else None
+                scored = self._block(values[at], [o[at] for o in others], a, b, own)
+                if outputs_wanted:
+                    found.append(Scored(scored.outputs, scored.measured))
+            if factors is not None:
+                product.backward(values, start, stop)
+        if outputs_wanted:
+            self.measured = {k: torch.cat([s.measured[k] for s in found]) for k in found[0].measured}
+        outputs = [torch.cat(column) for column in zip(*(s.outputs for s in found), strict=True)]
+        return outputs, product.of_hidden, product.of_parameters()
+
+    def again(self, hidden: Tensor, factors: Sequence[Tensor | None], wanted: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradients for these factors, in a pass of their own."""
+        with torch.random.fork_rng(devices=[], enabled=self.random is not None), self.autocast:
+            if self.random is not None:
+                torch.set_rng_state(self.random)
+            return self.run(hidden, factors, wanted, False)[1:]
+
+    def _block(self, values: Tensor, others: list[Tensor], a: int, b: int, factors: list[Tensor | None] | None) -> Scored:
+        """Score some rows and overwrite their matrix product with its gradient."""
+        if self.head.bare:
+            scored = self.rows.score(values[:, : self.head.vocab], others, a, b, factors)
+            gradient = scored.gradient
+        else:
+            with torch.enable_grad():
+                leaf = values.detach().requires_grad_()
+                logits = self.head.finish(leaf)
+            scored = self.rows.score(logits.detach(), others, a, b, factors)
+            gradient = scored.gradient
+            if gradient is not None:
+                (gradient,) = torch.autograd.grad(logits, leaf, gradient.to(logits.dtype))
+        if gradient is not None:
+            values[:, : gradient.shape[1]] = gradient
+            values[:, gradient.shape[1] :] = 0
+        return scored
+
+
+class _Product:
+    """The head's matrix product, tile by tile, forwards and backwards."""
+
+    def __init__(self, head: Head, hidden: Tensor, of_hidden: bool) -> None:
+        self.head, self.hidden = head, hidden
+        self.of_hidden = torch.empty_like(hidden) if of_hidden else None
+        self.trained = head.trained
+        self.sums: list[Tensor] = []
+        self._graph: tuple[Tensor, Tensor] | None = None
+        self._buffer: Tensor | None = None
+        module: Any = head.module
+        self.weight: Tensor | None = module.weight.detach().to(hidden.dtype) if head.plain else None
+        self.bias: Tensor | None = module.bias if head.plain else None
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        """(n, R) products of a tile; they may be overwritten."""
+        states = self.hidden[start:stop]
+        if self.weight is not None:
+            if self._buffer is None:
+                self._buffer = states.new_empty(len(states), self.weight.shape[0])
+            values = torch.mm(states, self.weight.t(), out=self._buffer[: len(states)])
+            return values if self.bias is None else values.add_(self.bias.detach())
+        with torch.enable_grad():
+            leaf = states.detach().requires_grad_()
+            product: Tensor = self.head.module(leaf)
+        self._graph = leaf, product
+        return product.detach().clone()
+
+    def backward(self, gradient: Tensor, start: int, stop: int) -> None:
+        """Carry a tile's gradient on to its hidden states and to the parameters."""
+        if self.weight is None:
+            assert self._graph is not None
+            leaf, values = self._graph
+            of_leaf, *of_parameters = torch.autograd.grad(
+                values, [leaf, *self.trained], gradient, allow_unused=True, materialize_grads=True
+            )
+            if self.of_hidden is not None:
+                self.of_hidden[start:stop] = of_leaf
+            self._add(of_parameters)
+            return
+        if self.of_hidden is not None:
+            torch.mm(gradient, self.weight, out=self.of_hidden[start:stop])
+        for parameter, total in zip(self.trained, self._sums(), strict=True):
+            if parameter.ndim == 1:
+                total += gradient.sum(0, dtype=total.dtype)
+                continue
+            for a in range(0, len(total), PIECE):
+                total[a : a + PIECE] += torch.mm(gradient[:, a : a + PIECE].t(), self.hidden[start:stop])
+
+    def _sums(self) -> list[Tensor]:
+        if not self.sums:
+            self.sums = [torch.zeros(p.shape, dtype=_wide(p.dtype), device=p.device) for p in self.trained]
+        return self.sums
+
+    def _add(self, gradients: Sequence[Tensor]) -> None:
+        for total, gradient in zip(self._sums(), gradients, strict=True):
+            total += gradient
+
+    def of_parameters(self) -> list[Tensor]:
+        return self.sums
+
+
+class _Fused(torch.autograd.Function):
+    """Outputs whose gradient is already there, or is computed when it is known."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, work: _Work, *trained: Tensor) -> tuple[Tensor, ...]:
+        needed = ctx.needs_input_grad[0] or bool(trained)
+        factors = work.expected if needed else None
+        outputs, of_hidden, of_parameters = work.run(hidden, factors, ctx.needs_input_grad[0], True)
+        if factors is not None:
+            work.ready = of_hidden, of_parameters
+        ctx.work = work
+        ctx.save_for_backward(hidden)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *factors: Tensor | None) -> tuple[Any, ...]:
+        work: _Work = ctx.work
+        (hidden,) = ctx.saved_tensors
+        size = _common_factor(factors, work.expected) if work.ready is not None else None
+        if size is not None and work.ready is not None:
+            of_hidden, of_parameters = work.ready
+            work.ready = None  # a second backward pass computes it again
+            if size != 1.0:
+                for gradient in (of_hidden, *of_parameters):
+                    if gradient is not None:
+                        gradient.mul_(size)
+        else:
+            of_hidden, of_parameters = work.again(hidden, factors, ctx.needs_input_grad[0])
+        trained = work.head.trained
+        return of_hidden, None, *(g.to(p.dtype) for g, p in zip(of_parameters, trained, strict=True))
+
+
+def _common_factor(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None] | None) -> float | None:
+    """The number r with ``actual = r * expected``; None if there is none."""
+    if expected is None:
+        return None
+    size: float | None = None
+    for a, e in zip(actual, expected, strict=True):
+        if a is None or e is None:
+            if (a is None or not bool(a.any())) and (e is None or not bool(e.any())):
+                continue
+            return None
+        at = e.abs().argmax() if len(e) else 0
+        if len(e) == 0 or not bool(e.any()):
+            if bool(a.any()):
+                return None
+            continue
+        ratio = float(a[at]) / float(e[at])
+        close = 1e-12 if a.dtype == torch.float64 else 1e-6
+        if not torch.allclose(a.to(e.dtype), ratio * e, rtol=close, atol=0.0) or (size is not None and ratio != size):
+            return None
+        size = ratio
+    return 1.0 if size is None else size
+
+
+def _width(head: Head) -> int:
+    weight = getattr(head.module, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) else head.vocab
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
