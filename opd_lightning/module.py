@@ -17,9 +17,11 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from opd_lightning import parallel
+from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
 from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, prove_head
 from opd_lightning.models.lora import base_of
@@ -91,6 +93,7 @@ class OPDModule(pl.LightningModule):
         self.agreement_k = 0  # set by AgreementMonitor
         self.writer, self.sampler = "student", NativeSampler()  # of predict; set by `opd generate` and CompletionEval
         self.phases: list[Phase] = []
+        self.clock = Clock()
         self.student: nn.Module | None = None
         self.critic: nn.Linear | None = None  # the value head of GAE
         self._trained_names: set[str] = set()
@@ -217,13 +220,16 @@ class OPDModule(pl.LightningModule):
         """Both models' laws on a rollout, compared by an objective."""
 
         def compare() -> ObjectiveOutput:
-            ours = laws_of(self._student, rollout.text, self.vocabulary.size)
-            theirs = self._ask(self.teacher, rollout.for_teacher) if objective.needs_teacher else None
-            third = self._ask(self.reference, rollout.text) if objective.needs_reference else None
+            with self.clock.phase("student forward"):
+                ours = laws_of(self._student, rollout.text, self.vocabulary.size)
+            with self.clock.phase("teacher forward"):
+                theirs = self._ask(self.teacher, rollout.for_teacher) if objective.needs_teacher else None
+                third = self._ask(self.reference, rollout.text) if objective.needs_reference else None
             values = None
             if self.critic is not None and objective.needs_critic:
                 values = self.critic(ours.hidden.detach().to(self.critic.weight.dtype)).squeeze(-1)
-            return objective(ours, theirs, rollout, agreement_k, Extras(third, values, self.progress))
+            with self.clock.phase("heads and loss"):
+                return objective(ours, theirs, rollout, agreement_k, Extras(third, values, self.progress))
 
         return parallel.run_inside(base_of(self._student), compare)
 
@@ -256,6 +262,19 @@ class OPDModule(pl.LightningModule):
         if self.critic is not None and not objective.needs_critic:  # DDP waits for every parameter
             loss = loss + 0.0 * (self.critic.weight.sum() + self.critic.bias.sum())
         return {"loss": loss, "output": out}
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.clock.enter("backward")
+
+    def on_after_backward(self) -> None:
+        self.clock.leave()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.clock.enter("optimizer")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.clock.leave()
 
     def validation_step(self, prompts: list[Prompt], batch_idx: int) -> None:
         """The work is done by `CompletionEval`, which writes and grades completions of the batch."""

@@ -21,6 +21,7 @@ from opd_lightning.callbacks import (
     OPDProgressBar,
     RNGState,
     RolloutRefresh,
+    TimeTable,
     TrainMonitor,
 )
 from opd_lightning.data.datamodule import PromptDataModule
@@ -36,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
 }
 FIRST = (ColdStart, RolloutRefresh, CompletionEval)
 """Set up before all others, in this order: each sets what the next ones, and callbacks like EarlyStopping, read."""
-CORE = (RNGState, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoint)
+CORE = (RNGState, TimeTable, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoint)
 
 
 class OPDTrainer(pl.Trainer):

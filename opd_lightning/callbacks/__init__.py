@@ -5,7 +5,7 @@ from opd_lightning.callbacks.cold_start import ColdStart
 from opd_lightning.callbacks.completion_eval import CompletionEval
 from opd_lightning.callbacks.completion_table import CompletionTable
 from opd_lightning.callbacks.entropy_monitor import EntropyMonitor
-from opd_lightning.callbacks.progress import OPDProgressBar
+from opd_lightning.callbacks.progress import OPDProgressBar, TimeTable
 from opd_lightning.callbacks.recovery import FiniteLoss, GracefulStop, OPDCheckpoint, RNGState
 from opd_lightning.callbacks.rollout_refresh import RolloutRefresh
 from opd_lightning.callbacks.step_monitor import StepMonitor, TrainMonitor
@@ -23,5 +23,6 @@ __all__ = [
     "RNGState",
     "RolloutRefresh",
     "StepMonitor",
+    "TimeTable",
     "TrainMonitor",
 ]

@@ -120,6 +120,10 @@ class CompletionEval(pl.Callback):
     # ---- what ----------------------------------------------------------------------------------------------------------
     def measure(self, trainer: pl.Trainer, pl_module: OPDModule, who: str) -> dict[str, Any]:
         """Write, grade and score the held-out prompts of ``student`` or ``teacher``; all ranks must call it."""
+        with pl_module.clock.phase("evaluation", whole=True):
+            return self._measured(trainer, pl_module, who)
+
+    def _measured(self, trainer: pl.Trainer, pl_module: OPDModule, who: str) -> dict[str, Any]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         grader = self.grader or data.grader
         tokens, truncated, accuracy, divergence = (TokenMean().to(pl_module.device) for _ in range(4))

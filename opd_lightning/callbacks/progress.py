@@ -1,4 +1,4 @@
-"""Progress of steps and of rollouts, in one bar each."""
+"""Progress of steps and of rollouts, in one bar each, and where the time went."""
 
 from __future__ import annotations
 
@@ -68,3 +68,28 @@ class OPDProgressBar(TQDMProgressBar):
         if done >= total:
             self._writing.close()
             self._writing = None
+
+
+class TimeTable(pl.Callback):
+    """Where the time of a fit went, as a table at its end."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.clock.restart()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and trainer.progress_bar_callback is not None:
+            print(time_table(pl_module.clock.read()))
+
+
+def time_table(seconds: dict[str, float]) -> str:
+    """Phases by size, with their shares.
+
+    >>> print(time_table({"rollout": 3.0, "other": 1.0}))
+    time             seconds   share
+    rollout              3.0    75 %
+    other                1.0    25 %
+    """
+    total = max(sum(seconds.values()), 1e-9)
+    rows = sorted(seconds.items(), key=lambda item: -item[1])
+    lines = [f"{name:16} {s:7.1f} {100 * s / total:6.0f} %" for name, s in rows]
+    return "\n".join([f"{'time':16} seconds   share", *lines])

@@ -95,7 +95,8 @@ class OPDCheckpoint(Checkpoint):
             return target
         partial = target.with_suffix(".partial")
         try:
-            trainer.save_checkpoint(partial)
+            with trainer.lightning_module.clock.phase("checkpoint", whole=True):  # type: ignore[union-attr, operator]
+                trainer.save_checkpoint(partial)
         except OSError as error:
             partial.unlink(missing_ok=True)
             rank_zero_warn(

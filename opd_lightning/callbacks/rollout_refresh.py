@@ -216,7 +216,8 @@ class RolloutRefresh(pl.Callback):
         first_step = refresh * self.every_n_steps
         started = time.perf_counter()
         writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "rollout")
-        completions = self.source_at(pl_module, first_step).produce(prompts, writers)
+        with pl_module.clock.phase("rollout", whole=True):
+            completions = self.source_at(pl_module, first_step).produce(prompts, writers)
         seconds = time.perf_counter() - started
         rollout = Rollout.of(prompts, completions, pl_module.vocabulary.pad_id)
         self.buffer.put(refresh, rollout, self._scales(rollout, pl_module.objective_at(first_step)))

@@ -59,9 +59,11 @@ class TrainMonitor(StepMonitor):
         self._norm = self._rate = 0.0
         self._step = 0
         self._clock = 0.0
+        self._spent: dict[str, float] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._clock = time.perf_counter()
+        self._spent = pl_module.clock.read()
 
     def collect(self, output: ObjectiveOutput, rollout: Rollout) -> dict[str, Tensor]:
         age = (self._step - rollout.policy_step).float()
@@ -83,12 +85,14 @@ class TrainMonitor(StepMonitor):
         self._norm = float(norm)
         self._rate = float(optimizer.param_groups[0]["lr"])
 
-    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, values: dict[str, float]) -> None:
-        now = time.perf_counter()
+    def on_step(self, trainer: pl.Trainer, pl_module: Any, values: dict[str, float]) -> None:
+        now, spent = time.perf_counter(), pl_module.clock.read()
+        phases = {f"time/{name.replace(' ', '_')}": s - self._spent.get(name, 0.0) for name, s in spent.items()}
+        self._spent = spent
         found = {
             "train/gradient_norm": self._norm,
             "train/learning_rate": self._rate,
             "train/step_seconds": now - self._clock,
         }
         self._clock = now
-        pl_module.log_dict(found, batch_size=1)
+        pl_module.log_dict(found | phases, batch_size=1)

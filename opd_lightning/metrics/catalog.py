@@ -46,4 +46,6 @@ def define(key: str) -> str:
     if key.startswith(("train/student_entropy/", "train/teacher_entropy/")):
         kind, _, bucket = key.rpartition("/")
         return f"{METRICS[kind]} Positions {bucket} of the completion."
+    if key.startswith("time/"):
+        return f"Seconds of an optimizer step spent on {key.removeprefix('time/').replace('_', ' ')}, this process."
     return METRICS.get(key, "")
