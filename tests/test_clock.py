@@ -38,9 +38,7 @@ def test_a_whole_phase_counts_what_is_inside(ticks: list[float]) -> None:
         ticks[0] = 1.0
         with clock.phase("loss"):
             ticks[0] = 3.0
-        with pytest.raises(KeyError), clock.phase("more"):
-            ticks[0] = 5.0
-            raise KeyError
+        ticks[0] = 5.0
     assert clock.read() == {"other": 0.0, "evaluation": 5.0}
     clock.restart()
     ticks[0] = 6.0
