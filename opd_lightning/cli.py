@@ -201,7 +201,7 @@ def read(words: list[str]) -> Setup:
     cli = _built(ReadingCLI, ["fit", *words])
     text = cli._parser("fit").dump(cli.config["fit"], skip_none=False, skip_link_targets=True)
     built = cli.config_init["fit"]
-    return Setup(yaml.safe_load(text), built["model"], built["rollout"], built["cold_start"])
+    return Setup(yaml.safe_load(text), built["model"], built["rollout"], built["cold_start"], built["data"])
 
 
 def run_verbs(argv: list[str]) -> OPDCLI:

@@ -187,12 +187,38 @@ def validate_config(words: list[str], read: Reader) -> int:
     return 0
 
 
+def doctor(words: list[str], read: Reader) -> int:
+    """``opd doctor``."""
+    about = "Says before a run what it will take: seconds of a step by phase, memory at the peak."
+    more = (
+        "example: opd doctor --cost -c quickstart.yaml --data.batch_size 128\n"
+        "All other keys of `opd fit` are understood too. The forecast takes a second; then three steps are run in a temporary "
+        "folder and shown beside it, unless --no-measure is given."
+    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("opd doctor", description=about, epilog=more, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("--cost", action="store_true", help="time and memory (the only examination so far)")
+    parser.add_argument("--no-measure", action="store_true", help="do not run three steps beside the forecast")
+    if not words or {"-h", "--help"} & set(words):
+        parser.print_help()
+        return 0
+    given, flags = parser.parse_known_args(words)
+    if not given.cost:
+        parser.error("say what to examine: --cost")
+    from opd_lightning.inspect.cost import cost
+
+    setup = read(flags)
+    print(cost(setup, flags, not given.no_measure))
+    return 0
+
+
 COMMANDS: dict[str, Any] = {"report": report, "zoo": {"build": build, "list": show}}
 """Verbs whose arguments are read from the signature."""
 OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "audit-loss": audit_loss,
     "configs": configs,
     "diff": diff,
+    "doctor": doctor,
     "race": race,
     "validate-config": validate_config,
 }
@@ -203,6 +229,7 @@ OVERVIEW = """
 verbs that train nothing themselves:
     configs             List what ships, or the methods as a table with their bias and noise.
     validate-config     Check a configuration without loading weights, and say what it descends.
+    doctor              Say before a run how long a step and how much memory it will take.
     diff                Compare two configurations in terms of what they train.
     race                Train several methods with several seeds and compare them.
     report              Table and report of a run, finished or not.

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from opd_lightning.callbacks import ColdStart, RolloutRefresh
+from opd_lightning.data.datamodule import PromptDataModule
 from opd_lightning.module import OPDModule
 
 AXES = {
@@ -48,12 +49,14 @@ class Setup:
         module: student recipe, teacher and objective; no weights.
         rollout: who writes, and how often.
         cold_start: the phase before the run's own, if it has steps.
+        data: prompts and batches; nothing is tokenized yet.
     """
 
     config: dict[str, Any]
     module: OPDModule
     rollout: RolloutRefresh
     cold_start: ColdStart
+    data: PromptDataModule
 
     def declared(self) -> list[str]:
         """What is descended, a line for every phase.

@@ -110,6 +110,13 @@ def load_config(path: str) -> Any:
     return AutoConfig.from_pretrained(local_folder(path))
 
 
+def hollow_model(path: str) -> nn.Module:
+    """A model without the memory for its weights (on the meta device): for counting."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(load_config(path))
+    return model
+
+
 def load_model(path: str, dtype: str = "float32") -> nn.Module:
     """A causal language model in eval mode.
 
