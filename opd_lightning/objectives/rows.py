@@ -219,13 +219,14 @@ class ObjectiveRows:
         tokens = self.tokens[start:stop]
         student = lp.log_softmax(logits, objective.temperature)
         teacher = lp.log_softmax(others[0], objective.temperature)
-        closed = objective.divergence.logit_gradient(student, teacher)
+        probs = student.exp(), teacher.exp()
+        closed = objective.divergence.logit_gradient(student, teacher, *probs)
         if closed is None:
             return None
         value, gradient = closed
         gradient *= (factors[0].to(gradient.dtype) / objective.temperature)[:, None]
         signals = _signals(objective, Scores(value, None, value), student, teacher, tokens)
-        stats = statistics(student, teacher, tokens, self.agreement_k)
+        stats = statistics(student, teacher, *probs, tokens, self.agreement_k)
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
         measured |= {(0, "_" + key): value for key, value in signals.items()}
         measured.update(stats)
@@ -270,7 +271,9 @@ def score(
         detached = _signals(objective, scores, student, aim, tokens)
         if routed is not None:
             detached["share"] = routed.share
-        stats = statistics(student, teacher, tokens, agreement_k if measuring else 0) if measuring or objective.gates else {}
+        stats = {}
+        if measuring or objective.gates:
+            stats = statistics(student, teacher, student.exp(), teacher.exp(), tokens, agreement_k if measuring else 0)
         if objective.gates:
             detached |= {k: stats[k] for k in ("student_entropy", "teacher_entropy", "reverse_kl")}
     return Parts(scores.direct, logprob, routed.log_destination if routed is not None else None, detached), (
@@ -308,15 +311,20 @@ def _state_cost(objective: Axes, scores: Scores, student: Tensor, aim: Tensor) -
 
 
 def statistics(
-    student: Float[Tensor, "n V"], teacher: Float[Tensor, "n V"], tokens: Int[Tensor, " n"], agreement_k: int
+    student: Float[Tensor, "n V"],
+    teacher: Float[Tensor, "n V"],
+    student_probs: Float[Tensor, "n V"],
+    teacher_probs: Float[Tensor, "n V"],
+    tokens: Int[Tensor, " n"],
+    agreement_k: int,
 ) -> dict[str, Tensor]:
     """Measurements of the two models, whatever is descended. (n,) each, in nats where nothing is said."""
     on_token = lp.gather(student, tokens), lp.gather(teacher, tokens)
-    probability = student.exp()
+    dot = torch.linalg.vecdot
     out = {
-        "student_entropy": -torch.linalg.vecdot(probability, student),
-        "teacher_entropy": lp.entropy(teacher),
-        "reverse_kl": torch.linalg.vecdot(probability, student - teacher),
+        "student_entropy": -dot(student_probs, student),
+        "teacher_entropy": -dot(teacher_probs, teacher),
+        "reverse_kl": dot(student_probs, student - teacher),
         "k1": k1(*on_token),
         "k3": k3(*on_token),
     }

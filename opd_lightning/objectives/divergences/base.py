@@ -75,11 +75,16 @@ class Divergence(Configurable, ABC):
         return self.entry(student[..., None], teacher[..., None])[..., 0] * (-student).exp()
 
     def logit_gradient(
-        self, student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"]
+        self,
+        student: Float[Tensor, "*n V"],
+        teacher: Float[Tensor, "*n V"],
+        student_probs: Float[Tensor, "*n V"],
+        teacher_probs: Float[Tensor, "*n V"],
     ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]] | None:
         """`total` of two whole laws and its gradient with respect to the student's logits, in closed form and without a graph.
 
-        Worth writing for a divergence that is used on large vocabularies; None leaves it to autograd.
+        The probabilities of both laws are given too, and stay as they are. Worth writing for a divergence that is used on large
+        vocabularies; None leaves it to autograd.
         """
         return None
 

@@ -36,11 +36,15 @@ class ReverseKL(Divergence):
         return student - teacher
 
     def logit_gradient(
-        self, student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"]
+        self,
+        student: Float[Tensor, "*n V"],
+        teacher: Float[Tensor, "*n V"],
+        student_probs: Float[Tensor, "*n V"],
+        teacher_probs: Float[Tensor, "*n V"],
     ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]]:
-        probability, gap = student.exp(), student - teacher
-        value = torch.linalg.vecdot(probability, gap)
-        return value, gap.sub_(value[..., None]).mul_(probability)
+        gap = student - teacher
+        value = torch.linalg.vecdot(student_probs, gap)
+        return value, gap.sub_(value[..., None]).mul_(student_probs)
 
 
 class ForwardKL(Divergence):
@@ -67,10 +71,13 @@ class ForwardKL(Divergence):
         return torch.expm1(teacher - student)
 
     def logit_gradient(
-        self, student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"]
+        self,
+        student: Float[Tensor, "*n V"],
+        teacher: Float[Tensor, "*n V"],
+        student_probs: Float[Tensor, "*n V"],
+        teacher_probs: Float[Tensor, "*n V"],
     ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]]:
-        probability = teacher.exp()
-        return torch.linalg.vecdot(probability, teacher - student), student.exp().sub_(probability)
+        return torch.linalg.vecdot(teacher_probs, teacher - student), student_probs - teacher_probs
 
 
 class Jeffreys(Divergence):
@@ -126,14 +133,18 @@ class _MixtureKL(Divergence):
         return mixture.detach() if self.frozen else mixture
 
     def logit_gradient(
-        self, student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"]
+        self,
+        student: Float[Tensor, "*n V"],
+        teacher: Float[Tensor, "*n V"],
+        student_probs: Float[Tensor, "*n V"],
+        teacher_probs: Float[Tensor, "*n V"],
     ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]] | None:
         """For every f-divergence it is ``p (mean_p A - A)`` with the advantage A."""
         if self.frozen:
             return None
-        probability, advantage = student.exp(), self.advantage(student, teacher)
-        mean = torch.linalg.vecdot(probability, advantage)
-        return self.total(student, teacher), advantage.sub_(mean[..., None]).neg_().mul_(probability)
+        advantage = self.advantage(student, teacher)
+        mean = torch.linalg.vecdot(student_probs, advantage)
+        return self.total(student, teacher), advantage.sub_(mean[..., None]).neg_().mul_(student_probs)
 
     def raw(self, student: Float[Tensor, "*n K"], teacher: Float[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:
         mixture = self._mixture(student, teacher)
