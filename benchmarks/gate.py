@@ -1,0 +1,119 @@
+"""A callback that makes a whole `opd fit` wait between optimizer steps for the script that times it.
+
+A step begins when the refresh of its rollouts is asked for and ends when the next refresh is asked for: everything that
+Lightning, the callbacks and the loggers do lies inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import opd_lightning.module as module_file
+import torch
+from opd_lightning.module import OPDModule
+from protocol import Clock, answer, orders, peak_rss, versions
+
+NEVER = (-1,)
+"""End tokens of a run in which every completion has the full length."""
+
+
+class Gate(pl.Callback):
+    """Waits for orders between steps.
+
+    Args:
+        eos: False lets no completion end before the length limit.
+    """
+
+    def __init__(self, eos: bool = False) -> None:
+        self.eos = eos
+        self.running = False
+        self.clock = Clock(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, OPDModule)
+        if not self.eos:
+            pl_module.__dict__["vocabulary"] = replace(pl_module.vocabulary, eos_ids=NEVER)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, OPDModule)
+        clock = self.clock
+        clock.wrap(pl_module, "write", "rollout")
+        clock.wrap(pl_module.teacher, "laws", "teacher")
+        clock.wrap(module_file, "laws_of", "student", unless=("teacher",))
+        clock.wrap(pl_module, "training_step", "loss")
+        clock.wrap(pl_module, "backward", "backward")
+        clock.wrap(pl_module, "optimizer_step", "optimizer")
+        buffer = trainer.datamodule.buffer  # type: ignore[attr-defined]
+        refill: Callable[[int], None] = buffer.refill
+
+        def gated(refresh: int) -> None:
+            self._wait(trainer, pl_module)
+            refill(refresh)
+
+        buffer.refill = gated
+
+    def _wait(self, trainer: pl.Trainer, pl_module: OPDModule) -> None:
+        """Answer for the step that has ended, then obey until the next one is ordered."""
+        found = self.clock.stop() if self.running else {"versions": versions("torch", "transformers", "lightning")}
+        buffer = trainer.datamodule.buffer  # type: ignore[attr-defined]
+        if buffer.rollout is not None:
+            found["tokens"] = int(buffer.rollout.mask.sum())
+        found["loss"] = float(trainer.callback_metrics.get("train/loss", float("nan")))
+        answer(**found, peak_rss=peak_rss(), **_on_gpu())
+        for order in orders():
+            if order["do"] == "step":
+                torch.set_float32_matmul_precision(order.get("matmul", "highest"))
+                self.running = True
+                self.clock.start()
+                return
+            if order["do"] == "save":
+                answer(folder=str(pl_module.export(order["folder"])))
+            elif order["do"] == "check":
+                answer(**agreement(pl_module, buffer.rollout, order.get("rows", 2)))
+        os._exit(0)  # the other side closed the pipe
+
+
+def _on_gpu() -> dict[str, int]:
+    return {"peak_gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+
+
+def agreement(module: OPDModule, rollout: Any, rows: int) -> dict[str, float]:
+    """Relative error of loss and gradient against full float32 logits, on the last rollouts, with weights in float32."""
+    torch.set_float32_matmul_precision("highest")
+    part = replace(rollout.select(torch.arange(min(rows, len(rollout)))), scale=()).to(module.device)
+    teacher: Any = module.teacher
+    student, kept = copy.deepcopy(module._student).float(), (module.student, teacher.model)
+    module.student, teacher.model = student, copy.deepcopy(teacher.model).float()
+    try:
+        student.zero_grad()
+        loss = module.score(part, module.objective).loss
+        loss.backward()
+        ours = _gradient(student)
+        student.zero_grad()
+        naive = reverse_kl(student, teacher.model, part, module.vocabulary.size)
+        naive.backward()
+        theirs = _gradient(student)
+    finally:
+        module.student, teacher.model = kept
+    return {
+        "loss_error": abs(float(loss) - float(naive)) / abs(float(naive)),
+        "gradient_error": float((ours - theirs).norm() / theirs.norm()),
+    }
+
+
+def reverse_kl(student: Any, teacher: Any, rollout: Any, vocab: int) -> torch.Tensor:
+    """Mean over completion tokens of KL(student ‖ teacher), from whole logits of both models."""
+    ids = rollout.text.ids
+    with torch.no_grad():
+        theirs = teacher(input_ids=ids).logits[:, :-1, :vocab].float().log_softmax(-1)
+    ours = student(input_ids=ids).logits[:, :-1, :vocab].float().log_softmax(-1)
+    return (ours.exp() * (ours - theirs)).sum(-1)[rollout.mask].mean()
+
+
+def _gradient(model: Any) -> torch.Tensor:
+    return torch.cat([p.grad.reshape(-1).double() for p in model.parameters() if p.grad is not None])
