@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-import opd_lightning.module as module_file
 import torch
+
+import opd_lightning.module as module_file
 from opd_lightning.module import OPDModule
 from protocol import Clock, answer, orders, peak_rss, versions
 
@@ -59,7 +60,8 @@ class Gate(pl.Callback):
 
     def _wait(self, trainer: pl.Trainer, pl_module: OPDModule) -> None:
         """Answer for the step that has ended, then obey until the next one is ordered."""
-        found = self.clock.stop() if self.running else {"versions": versions("torch", "transformers", "lightning")}
+        found: dict[str, Any] = {"versions": versions("torch", "transformers", "lightning")}
+        found = self.clock.stop() if self.running else found
         buffer = trainer.datamodule.buffer  # type: ignore[attr-defined]
         if buffer.rollout is not None:
             found["tokens"] = int(buffer.rollout.mask.sum())
@@ -112,7 +114,8 @@ def reverse_kl(student: Any, teacher: Any, rollout: Any, vocab: int) -> torch.Te
     with torch.no_grad():
         theirs = teacher(input_ids=ids).logits[:, :-1, :vocab].float().log_softmax(-1)
     ours = student(input_ids=ids).logits[:, :-1, :vocab].float().log_softmax(-1)
-    return (ours.exp() * (ours - theirs)).sum(-1)[rollout.mask].mean()
+    divergence: torch.Tensor = (ours.exp() * (ours - theirs)).sum(-1)[rollout.mask]
+    return divergence.mean()
 
 
 def _gradient(model: Any) -> torch.Tensor:

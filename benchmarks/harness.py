@@ -143,7 +143,7 @@ class Worker:
         env: further environment variables.
     """
 
-    def __init__(self, name: str, command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, name: str, command: Sequence[object], env: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.log = Path(tempfile.mkstemp(prefix=f"{name}-", suffix=".log")[1])
         plain = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}"}
@@ -178,7 +178,9 @@ class Worker:
         return self._read()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, if it still runs."""
+        if self.process.poll() is not None:
+            return
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.stdout.close()
@@ -194,6 +196,11 @@ class Worker:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def fit_worker(given: argparse.Namespace, config: Path, *words: object, name: str = "ours") -> Worker:
+    """Our side: an `opd fit` that waits between optimizer steps."""
+    return Worker(name, [sys.executable, HERE / "worker_fit.py", "-c", config, *words, *(f"--{word}" for word in given.set)])
 
 
 # ---- timing ------------------------------------------------------------------------------------------------------------------
@@ -217,7 +224,9 @@ class Sample:
 Side = Callable[[], Mapping[str, Any] | None]
 
 
-def alternate(sides: Mapping[str, Side], rounds: int, warmup: int = 1, workers: Sequence[Worker] = ()) -> dict[str, list[Sample]]:
+def alternate(
+    sides: Mapping[str, Side], rounds: int, warmup: int = 1, workers: Sequence[Worker] = ()
+) -> dict[str, list[Sample]]:
     """Run all sides in turn, A B A B, and time each repetition.
 
     A side that answers with ``seconds`` (a worker) is believed; any other is timed here.
@@ -301,10 +310,19 @@ def report(given: argparse.Namespace, name: str, ratios: Mapping[str, Any], reco
     folder = given.out or (BUILD / "quick" if given.quick else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {k: v if isinstance(v, (int, float, str, list, type(None))) else str(v) for k, v in vars(given).items()}
-    whole = {"benchmark": name, "machine": where, "settings": settings, "ratios": dict(ratios), **record}
-    (folder / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    whole = _without_nan({"benchmark": name, "machine": where, "settings": settings, "ratios": ratios, **record})
+    (folder / f"{name}.json").write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     note = "" if not given.quick else "\n\nA quick run: the figures show that it works, nothing else."
     page = f"# {name}\n\n{described(where)}\nMade by `python benchmarks/{name}.py`.{note}\n\n{text}\n"
     (folder / f"{name}.md").write_text(page, encoding="utf-8")
     say(f"wrote {folder / name}.json and .md")
-    print(json.dumps(ratios) if given.json else page, flush=True)
+    print(json.dumps(whole["ratios"]) if given.json else page, flush=True)
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for what is not a number: JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {str(k): _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,9 @@
 """The loss from hidden states and heads: seconds and memory of ours, whole logits, TRL's chunked kernel and Liger's loss.
 
-Reverse KL over the whole vocabulary, forward and backward, bfloat16, width 576; student's head trained or frozen (as with LoRA).
-Time: sides take turns in two processes. Memory: growth of a fresh process per variant and size, over tokens (512 to 8 192) and
-over vocabulary (32k to 262k). No figure counts unless every variant's loss and gradient agree with whole float32 logits.
+Reverse KL over the whole vocabulary, forward and backward, bfloat16, width 576; student's head trained or frozen (as with
+LoRA). Time: sides take turns in two processes. Memory: growth of a fresh process per variant and size, over tokens (512 to
+8 192) and over vocabulary (32k to 262k). No figure counts unless the loss and gradient of every variant agree with whole
+float32 logits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from harness import HERE, Worker, alternate, chosen, parser, peer_python, ratio,
 OURS, PEER = ("naive", "ours"), ("trl", "liger")
 TOLERANCE = 1e-5
 MIB = 2**20
-WHOLE = {"times": [(1024, 49152), (512, 151936)], "tokens": (512, 1024, 2048, 4096, 8192), "vocab": (32768, 65536, 151936, 262144)}
+WHOLE = {
+    "times": [(1024, 49152), (512, 151936)],
+    "tokens": (512, 1024, 2048, 4096, 8192),
+    "vocab": (32768, 65536, 151936, 262144),
+}
 QUICK = {"times": [(128, 4096)], "tokens": (128, 256), "vocab": (2048, 4096)}
 
 

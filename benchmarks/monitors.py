@@ -5,10 +5,9 @@ With: entropy by position, top-16 agreement of both models, a table of completio
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from harness import BUILD, HERE, Worker, alternate, chosen, parser, ratio, report, summary, table
+from harness import BUILD, alternate, chosen, fit_worker, parser, ratio, report, summary, table
 from pairs import fit_config, prepare
 
 MONITORS: tuple[dict[str, Any], ...] = (
@@ -33,8 +32,7 @@ def main() -> None:
         for side, callbacks in (("without", ()), ("with", MONITORS)):
             file = BUILD / "monitors" / f"{name}-{side}.yaml"
             config = fit_config(file, pair, dtype, 8, 16 if given.quick else 128, callbacks=callbacks)
-            words = [sys.executable, HERE / "worker_fit.py", "-c", config, *(f"--{w}" for w in given.set)]
-            workers[side] = Worker(f"{side}-monitors", words)
+            workers[side] = fit_worker(given, config, name=f"{side}-monitors")
         try:
             sides = {side: lambda worker=worker: worker.ask("step") for side, worker in workers.items()}
             taken = alternate(sides, given.rounds, given.warmup, list(workers.values()))

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+
 from gate import NEVER
 from harness import alternate, chosen, parser, ratio, report, say, summary, table
 from opd_lightning.data import ChatTemplate
@@ -75,9 +77,9 @@ def main() -> None:
         write(limit, words)
 
     sides: dict[str, dict[str, Callable[[], None]]] = {
-        "rollout": {"natural": lambda: wrote(given.cap, vocabulary), "padded": lambda: wrote(longest, endless)},
-        "teacher": {name: lambda text=text: teach(text) for name, text in texts.items()},
-        "student": {name: lambda text=text: learn(text) for name, text in texts.items()},
+        "rollout": {"natural": partial(wrote, given.cap, vocabulary), "padded": partial(wrote, longest, endless)},
+        "teacher": {name: partial(teach, text) for name, text in texts.items()},
+        "student": {name: partial(learn, text) for name, text in texts.items()},
     }
     slots = texts["padded"].ids.numel() / float(texts["natural"].lengths.sum())
     ideal = {"rollout": len(lengths) * longest / sum(lengths), "teacher": slots, "student": slots}

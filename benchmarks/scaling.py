@@ -6,11 +6,10 @@ Every size is an `opd fit` in a fresh process, one after the other; equal length
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from harness import BUILD, HERE, Worker, alternate, chosen, exponent, parser, report, say, summary, table
+from harness import BUILD, alternate, chosen, exponent, fit_worker, parser, report, say, summary, table
 from pairs import fit_config, prepare
 
 PHASES = ("rollout", "teacher", "student", "loss", "backward", "optimizer", "other")
@@ -22,8 +21,7 @@ def measured(given: argparse.Namespace, rows: int, new_tokens: int) -> dict[str,
     pair = prepare(given.pair, max(64, rows), given.prompt_tokens)
     file: Path = BUILD / "scaling" / f"{rows}x{new_tokens}.yaml"
     config = fit_config(file, pair, given.dtype, rows, new_tokens)
-    words = [sys.executable, HERE / "worker_fit.py", "-c", config, *(f"--{w}" for w in given.set)]
-    with Worker("ours", words) as worker:
+    with fit_worker(given, config) as worker:
         taken = alternate({"ours": lambda: worker.ask("step")}, given.rounds, given.warmup, [worker])["ours"]
     found = summary(taken)
     found["peak_rss"] = taken[-1].extra["peak_rss"]

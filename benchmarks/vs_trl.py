@@ -9,11 +9,26 @@ step by step. The peers get their best settings (see worker_trl.py), and with fl
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from harness import BUILD, HERE, Sample, Worker, alternate, chosen, machine, parser, peer_python, ratio, report, say, summary, table
+from harness import (
+    BUILD,
+    HERE,
+    Sample,
+    Worker,
+    alternate,
+    chosen,
+    fit_worker,
+    machine,
+    parser,
+    peer_python,
+    ratio,
+    report,
+    say,
+    summary,
+    table,
+)
 from pairs import Pair, fit_config, prepare
 
 CASES = {"bf16": ("smollm2", "bfloat16"), "fp32": ("smollm2", "float32"), "tiny": ("tiny", "float32")}
@@ -28,7 +43,7 @@ def start(given: argparse.Namespace, case: str, pair: Pair) -> dict[str, Worker]
     dtype, scratch = CASES[case][1], BUILD / "vs_trl" / case
     python = peer_python(given.peers, "trl")
     config = fit_config(scratch / "ours.yaml", pair, dtype, given.rows, given.new_tokens)
-    workers = {"ours": Worker("ours", [sys.executable, HERE / "worker_fit.py", "-c", config, *(f"--{w}" for w in given.set)])}
+    workers = {"ours": fit_worker(given, config)}
     for name in PEERS:
         flags: dict[str, Any] = {
             "trainer": name,
@@ -41,7 +56,9 @@ def start(given: argparse.Namespace, case: str, pair: Pair) -> dict[str, Worker]
             "prompt-tokens": given.prompt_tokens,
             "new-tokens": given.new_tokens,
         }
-        workers[name] = Worker(name, [python, HERE / "worker_trl.py", *(str(w) for k, v in flags.items() for w in (f"--{k}", v))])
+        workers[name] = Worker(
+            name, [python, HERE / "worker_trl.py", *(str(w) for k, v in flags.items() for w in (f"--{k}", v))]
+        )
     return workers
 
 

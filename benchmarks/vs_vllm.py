@@ -2,7 +2,7 @@
 
 The student is SmolLM2-135M with every second layer taken out, bfloat16 weights. Batches of 8, 32 and 128 prompts of 64 random
 tokens are continued by 128 tokens at temperature 1; nothing ends early. Then 64 to 512 new tokens at batch 8, with the exponent
-of time over new tokens. vLLM runs compiled, its threads bound to all cores, with tcmalloc and Intel's OpenMP where they are there.
+of time over new tokens. vLLM runs compiled, its threads bound to all cores, with tcmalloc and Intel's OpenMP where they are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
 from harness import HERE, Worker, alternate, chosen, exponent, parser, peer_python, ratio, report, say, summary, table
 from opd_lightning.models.loading import load_config
 from pairs import prepare

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import answer, orders, rss, versions
 from torch import Tensor, nn
+
+from protocol import answer, orders, rss, versions
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def naive(given: Inputs) -> Tensor:
     with torch.no_grad():
         theirs = given.teacher_head(given.teacher).float().log_softmax(-1)
     ours = given.student_head(given.student).float().log_softmax(-1)
-    return (ours.exp() * (ours - theirs)).sum(-1).mean()
+    divergence: Tensor = (ours.exp() * (ours - theirs)).sum(-1)
+    return divergence.mean()
 
 
 def ours() -> Loss:

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from protocol import Clock, answer, orders, peak_rss, versions
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from protocol import Clock, answer, orders, peak_rss, versions
 
 
 class Gate(TrainerCallback):  # type: ignore[misc]
@@ -105,9 +106,7 @@ def trainer_of(given: argparse.Namespace, student: Any, teacher: Any, tokenizer:
 
         gate.clock.wrap(GKDTrainer, "generalized_jsd_loss", "loss")
         GKDTrainer.generalized_jsd_loss = staticmethod(GKDTrainer.generalized_jsd_loss)
-        config = GKDConfig(
-            **common, lmbda=1.0, beta=1.0, temperature=1.0, max_new_tokens=given.new_tokens, max_length=None
-        )
+        config = GKDConfig(**common, lmbda=1.0, beta=1.0, temperature=1.0, max_new_tokens=given.new_tokens, max_length=None)
         trainer = GKDTrainer(args=config, data_collator=collate, train_dataset=data, **models)
         if not given.eos:
             trainer.generation_config.eos_token_id = None

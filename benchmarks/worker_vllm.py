@@ -6,8 +6,9 @@ import argparse
 import random
 import time
 
-from protocol import answer, orders, peak_rss, versions
 from vllm import LLM, SamplingParams
+
+from protocol import answer, orders, peak_rss, versions
 
 
 def main() -> None:

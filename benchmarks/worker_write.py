@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+
 from gate import NEVER
 from opd_lightning.models.loading import load_model, load_tokenizer
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.samplers import NativeSampler
 from protocol import answer, orders, peak_rss, versions
-from transformers import GenerationConfig
 
 
 def prompts(count: int, tokens: int, vocab: int) -> list[list[int]]:
@@ -37,7 +38,7 @@ def ours(model: Any, vocabulary: Vocabulary) -> Callable[[list[list[int]], int],
 
 
 def hf(model: Any, vocabulary: Vocabulary) -> Callable[[list[list[int]], int], int]:
-    """transformers' generate with its dynamic cache, the fastest of its caches on a CPU."""
+    """The generate of transformers with its dynamic cache, the fastest of its caches on a CPU."""
     model.generation_config.eos_token_id = None
 
     def write(given: list[list[int]], new: int) -> int:
@@ -47,7 +48,7 @@ def hf(model: Any, vocabulary: Vocabulary) -> Callable[[list[list[int]], int], i
         )
         with torch.no_grad():
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-        return out.numel() - ids.numel()
+        return int(out.numel() - ids.numel())
 
     return write
 
