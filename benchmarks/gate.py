@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,12 +16,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-import opd_lightning.module as module_file
 from opd_lightning.module import OPDModule
-from protocol import Clock, answer, orders, peak_rss, versions
+from protocol import answer, orders, peak_rss, versions
 
 NEVER = (-1,)
 """End tokens of a run in which every completion has the full length."""
+PHASES = {
+    "rollout": "rollout",
+    "teacher forward": "teacher",
+    "student forward": "student",
+    "heads and loss": "loss",
+    "backward": "backward",
+    "optimizer": "optimizer",
+}
+"""The phases of the framework's clock, by the names that both sides' tables use."""
 
 
 class Gate(pl.Callback):
@@ -32,8 +41,8 @@ class Gate(pl.Callback):
 
     def __init__(self, eos: bool = False) -> None:
         self.eos = eos
-        self.running = False
-        self.clock = Clock(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+        self.started: float | None = None
+        self.before: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         assert isinstance(pl_module, OPDModule)
@@ -42,13 +51,6 @@ class Gate(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, OPDModule)
-        clock = self.clock
-        clock.wrap(pl_module, "write", "rollout")
-        clock.wrap(pl_module.teacher, "laws", "teacher")
-        clock.wrap(module_file, "laws_of", "student", unless=("teacher",))
-        clock.wrap(pl_module, "training_step", "loss")
-        clock.wrap(pl_module, "backward", "backward")
-        clock.wrap(pl_module, "optimizer_step", "optimizer")
         buffer = trainer.datamodule.buffer  # type: ignore[attr-defined]
         refill: Callable[[int], None] = buffer.refill
 
@@ -61,7 +63,8 @@ class Gate(pl.Callback):
     def _wait(self, trainer: pl.Trainer, pl_module: OPDModule) -> None:
         """Answer for the step that has ended, then obey until the next one is ordered."""
         found: dict[str, Any] = {"versions": versions("torch", "transformers", "lightning")}
-        found = self.clock.stop() if self.running else found
+        if self.started is not None:
+            found = self._step(pl_module)
         buffer = trainer.datamodule.buffer  # type: ignore[attr-defined]
         if buffer.rollout is not None:
             found["tokens"] = int(buffer.rollout.mask.sum())
@@ -70,14 +73,22 @@ class Gate(pl.Callback):
         for order in orders():
             if order["do"] == "step":
                 torch.set_float32_matmul_precision(order.get("matmul", "highest"))
-                self.running = True
-                self.clock.start()
+                pl_module.clock.exact = True  # phases on a GPU too, as the peers' are taken
+                self.before, self.started = pl_module.clock.read(), time.perf_counter()
                 return
             if order["do"] == "save":
                 answer(folder=str(pl_module.export(order["folder"])))
             elif order["do"] == "check":
                 answer(**agreement(pl_module, buffer.rollout, order.get("rows", 2)))
         os._exit(0)  # the other side closed the pipe
+
+    def _step(self, pl_module: OPDModule) -> dict[str, Any]:
+        """Seconds of the step that has ended, and of its phases by the framework's own clock."""
+        assert self.started is not None
+        spent = pl_module.clock.read()
+        seconds = time.perf_counter() - self.started
+        phases = {short: spent.get(name, 0.0) - self.before.get(name, 0.0) for name, short in PHASES.items()}
+        return {"seconds": seconds, "phases": {**phases, "other": seconds - sum(phases.values())}}
 
 
 def _on_gpu() -> dict[str, int]:
