@@ -170,7 +170,7 @@ def main() -> None:
         sides = {name: lambda worker=worker: worker.ask("step") for name, worker in workers.items()}
         taken = alternate(sides, given.rounds, max(given.warmup, 1), list(workers.values()))
         for name in peers:
-            workers[name].close()  # the float32 copies of the check need the room
+            workers[name].close()  # the float64 copies of the check need the room
         agreed = workers["ours"].ask("check", rows=1)
     finally:
         for worker in workers.values():
