@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 
 @dataclass
@@ -59,3 +61,33 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int) -> PeftModel:
 def base_of(model: nn.Module) -> nn.Module:
     """The Hugging Face model below an adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adapters_at_work(model: nn.Module) -> frozenset[tuple[object, ...]]:
+    """The distinct states of a model's adapted layers: active adapters, whether they are switched off, whether merged."""
+    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    return frozenset((*m.active_adapters, m.disable_adapters, m.merged) for m in layers)
+
+
+def whole_linear(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (out, in) and bias of the plain linear layer that ``layer`` acts as; None for a layer that is not one.
+
+    Active adapters are added in float32, W + alpha / r * B A, and the sum is rounded to the weight's dtype; the layer itself is
+    left as it is.
+    """
+    if type(layer) is nn.Linear:
+        return layer.weight, layer.bias
+    if not isinstance(layer, LoraLinear) or type(layer.base_layer) is not nn.Linear:
+        return None
+    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+    active = [] if layer.disable_adapters or layer.merged else [a for a in layer.active_adapters if a in layer.lora_A]
+    if (layer.disable_adapters and layer.merged) or any(a in layer.lora_variant or layer.lora_bias[a] for a in active):
+        return None
+    if active:
+        whole = weight.float()
+        for name in active:
+            down: Tensor = layer.lora_A[name].weight  # type: ignore[assignment]
+            up: Tensor = layer.lora_B[name].weight  # type: ignore[assignment]
+            whole = torch.addmm(whole, up.float(), down.float(), alpha=layer.scaling[name])
+        weight = whole.to(weight.dtype)
+    return weight, bias
