@@ -45,7 +45,7 @@ class UnknownArchitecture(ValueError):
 
 
 class Norm:
-    """Root-mean-square normalisation with a weight."""
+    """Root-mean-square normalisation with a weight, rounded where transformers rounds."""
 
     def __init__(self, module: Any) -> None:
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -53,7 +53,9 @@ class Norm:
         self.weight, self.eps = module.weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        wide = x.float()
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return self.weight * (wide * size.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()).to(x.dtype)
 
 
 class Layer:
@@ -255,8 +257,7 @@ class Decoder:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions; ``sin`` carries the sign of the first half."""
-    half = x.shape[-1] // 2
-    return torch.addcmul(x * cos, torch.cat([x[..., half:], x[..., :half]], -1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def expect_known(base: Any, length: int) -> None:

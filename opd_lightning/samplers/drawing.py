@@ -10,6 +10,9 @@ from torch import Tensor
 BLOCK = 256
 """Entries that are summed before the search: about the square root of a large vocabulary, so both levels are short."""
 
+CHUNK = 2**19
+"""Entries that are drawn from at once on a CPU: what one pass writes is still in its cache when the next one reads it."""
+
 
 @dataclass(frozen=True)
 class Law:
@@ -24,6 +27,22 @@ class Law:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def sample(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """One token a row, and its log-probability under this law.
+
+        Args:
+            logits: (rows, V).
+            uniform: (rows,) in [0, 1).
+        """
+        at_once = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        drawn, recorded = [], []
+        for some, points in zip(logits.split(at_once), uniform.split(at_once), strict=True):
+            probabilities = self.probabilities(some)
+            tokens = draw(probabilities, points)
+            drawn.append(tokens)
+            recorded.append(probabilities.gather(-1, tokens[:, None]).squeeze(-1).log())
+        return torch.cat(drawn), torch.cat(recorded)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(rows, V) float32; 0 for every token that is cut off."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opd_lightning.configurable import Configurable
 from opd_lightning.models.vocabulary import Vocabulary
-from opd_lightning.samplers.drawing import Law, draw
+from opd_lightning.samplers.drawing import Law
 from opd_lightning.samplers.engines import Engine, engine_for
 from opd_lightning.seeds import uniforms
 from opd_lightning.types import Completion
@@ -121,11 +121,9 @@ class NativeSampler(Configurable):
                 engine.admit([prompts[i] for i in joining])
                 rows = torch.cat([rows, torch.tensor(joining, device=device)])
                 newest = torch.cat([newest, torch.tensor([prompts[i][-1] for i in joining], device=device)])
-            probabilities = law.probabilities(engine.step(newest)[:, : vocabulary.size])
             written = lengths[rows]
-            newest = draw(probabilities, randoms[rows, written])
-            tokens[rows, written] = newest
-            logprobs[rows, written] = probabilities.gather(-1, newest[:, None]).squeeze(-1).log()
+            newest, recorded = law.sample(engine.step(newest)[:, : vocabulary.size], randoms[rows, written])
+            tokens[rows, written], logprobs[rows, written] = newest, recorded
             lengths[rows] += 1
             ended = torch.isin(newest, ends)
             over = ended | (written + 1 == self.max_new_tokens)
