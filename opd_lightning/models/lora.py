@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -69,25 +70,42 @@ def adapters_at_work(model: nn.Module) -> frozenset[tuple[object, ...]]:
     return frozenset((*m.active_adapters, m.disable_adapters, m.merged) for m in layers)
 
 
-def whole_linear(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight (out, in) and bias of the plain linear layer that ``layer`` acts as; None for a layer that is not one.
+@dataclass(frozen=True)
+class LinearParts:
+    """A linear layer taken apart: ``x -> x W^T + bias + sum of scale * x A^T B^T`` over the adapters (A, B, scale) at work.
 
-    Active adapters are added in float32, W + alpha / r * B A, and the sum is rounded to the weight's dtype; the layer itself is
-    left as it is.
+    Attributes:
+        weight: (out, in).
+        bias: (out,) or None.
+        adapters: A (r, in), B (out, r) and alpha / r of each.
     """
-    if type(layer) is nn.Linear:
-        return layer.weight, layer.bias
-    if not isinstance(layer, LoraLinear) or type(layer.base_layer) is not nn.Linear:
-        return None
-    weight, bias = layer.base_layer.weight, layer.base_layer.bias
-    active = [] if layer.disable_adapters or layer.merged else [a for a in layer.active_adapters if a in layer.lora_A]
-    if (layer.disable_adapters and layer.merged) or any(a in layer.lora_variant or layer.lora_bias[a] for a in active):
-        return None
-    if active:
-        whole = weight.float()
-        for name in active:
-            down: Tensor = layer.lora_A[name].weight  # type: ignore[assignment]
-            up: Tensor = layer.lora_B[name].weight  # type: ignore[assignment]
-            whole = torch.addmm(whole, up.float(), down.float(), alpha=layer.scaling[name])
-        weight = whole.to(weight.dtype)
-    return weight, bias
+
+    weight: Tensor
+    bias: Tensor | None = None
+    adapters: tuple[tuple[Tensor, Tensor, float], ...] = ()
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> LinearParts | None:
+        """The parts of a layer; None for one that computes something else."""
+        if type(layer) is nn.Linear:
+            return cls(layer.weight, layer.bias)
+        if not isinstance(layer, LoraLinear) or type(layer.base_layer) is not nn.Linear:
+            return None
+        plain = layer.disable_adapters or layer.merged
+        active = [] if plain else [a for a in layer.active_adapters if a in layer.lora_A]
+        if (layer.disable_adapters and layer.merged) or any(a in layer.lora_variant or layer.lora_bias[a] for a in active):
+            return None
+        factors: Any = [(layer.lora_A[a].weight, layer.lora_B[a].weight, layer.scaling[a]) for a in active]
+        return cls(layer.base_layer.weight, layer.base_layer.bias, tuple(factors))
+
+    def rows(self, count: int) -> LinearParts:
+        """The layer with its first ``count`` outputs."""
+        bias = None if self.bias is None else self.bias[:count]
+        return LinearParts(self.weight[:count], bias, tuple((a, b[:count], scale) for a, b, scale in self.adapters))
+
+    def merged(self) -> Tensor:
+        """W + sum of scale * B A, in the weight's dtype; the layer itself is left as it is."""
+        whole = self.weight
+        for down, up, scale in self.adapters:
+            whole = torch.addmm(whole, up.to(whole.dtype), down.to(whole.dtype), alpha=scale)
+        return whole

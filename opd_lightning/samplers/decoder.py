@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from opd_lightning.models.lora import whole_linear
+from opd_lightning.models.lora import LinearParts
 from opd_lightning.samplers.linear import Linear
 
 PREFILL_TOKENS = 8192
@@ -55,7 +55,8 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        return self.weight * (wide * size.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()).to(x.dtype)
+        normal: Tensor = self.weight * (wide * size.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()).to(x.dtype)
+        return normal
 
 
 class Layer:
@@ -69,10 +70,10 @@ class Layer:
         self.before_attention, self.before_mlp = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.head_norms = [Norm(attention.q_norm), Norm(attention.k_norm)] if hasattr(attention, "q_norm") else None
         self.act = mlp.act_fn
-        self.qkv.load([_whole(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
-        self.out.load([_whole(attention.o_proj)])
-        self.gate_up.load([_whole(mlp.gate_proj), _whole(mlp.up_proj)])
-        self.down.load([_whole(mlp.down_proj)])
+        self.qkv.load([_parts_of(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        self.out.load([_parts_of(attention.o_proj)])
+        self.gate_up.load([_parts_of(mlp.gate_proj), _parts_of(mlp.up_proj)])
+        self.down.load([_parts_of(mlp.down_proj)])
 
 
 class Weights:
@@ -97,8 +98,7 @@ class Weights:
             for mine, layer in zip(self.layers, decoder.layers, strict=True):
                 mine.load(layer)
             self.norm = Norm(decoder.norm)
-            weight, bias = _whole(base.lm_head)
-            self.head.load([(weight[:vocab], None if bias is None else bias[:vocab])])
+            self.head.load([_parts_of(base.lm_head).rows(vocab)])
 
 
 class Decoder:
@@ -269,26 +269,26 @@ def expect_known(base: Any, length: int) -> None:
     config = base.config
     _expect(config.model_type in KNOWN, f"model_type {config.model_type!r}")
     _expect({n for n, _ in base.named_children()} == {"model", "lm_head"}, f"parts of {type(base).__name__}")
-    _parts("decoder", base.model)
+    _children("decoder", base.model)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     _expect(rope in ("default", "linear", "llama3", "yarn"), f"rope_type {rope!r}")
     window = getattr(config, "sliding_window", None)
     _expect(window is None or window >= length, f"sliding window of {window}, rows of {length} tokens")
-    _whole(base.lm_head)
+    _parts_of(base.lm_head)
     for layer in base.model.layers:
-        _parts("layer", layer)
-        _parts("attention", layer.self_attn, optional=HEAD_NORMS)
-        _parts("feed-forward", layer.mlp)
+        _children("layer", layer)
+        _children("attention", layer.self_attn, optional=HEAD_NORMS)
+        _children("feed-forward", layer.mlp)
 
 
-def _parts(what: str, module: Any, optional: frozenset[str] = frozenset()) -> None:
+def _children(what: str, module: Any, optional: frozenset[str] = frozenset()) -> None:
     found = {name for name, _ in module.named_children()}
     odd = (found ^ PARTS[what]) - (optional if optional <= found else frozenset())
     _expect(not odd, f"{what} with or without {', '.join(sorted(odd))}")
 
 
-def _whole(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    found = whole_linear(layer)
+def _parts_of(layer: nn.Module) -> LinearParts:
+    found = LinearParts.of(layer)
     if found is None:
         raise UnknownArchitecture(f"projection {type(layer).__name__}")
     return found

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from opd_lightning.models.lora import LinearParts
+
 PACK_ROWS = 128
 """The batch that oneDNN is told to expect: with 8 to 1024 the layout is equally fast at every batch, with 1 it is slower."""
 
@@ -22,7 +24,9 @@ refresh, page by page, which took ten times as long as the packing."""
 class Linear:
     """One layer that gives the outputs of several layers with the same input side by side.
 
-    On the CPU its weights are reordered once by oneDNN, which would otherwise do so at every call.
+    On the CPU its weights are reordered once by oneDNN, which would otherwise do so at every call. Adapters are merged in 32
+    bits and more. In 16 bits they stay beside the weight: a young adapter is smaller than the rounding of what it would be added
+    to, so that merging would write with the base model.
 
     Args:
         dtype: of the products.
@@ -33,22 +37,26 @@ class Linear:
         self.plain: Tensor | None = None
         self.bias: Tensor | None = None
         self.packed: list[tuple[Tensor, Tensor | None]] = []
+        self.adapter: tuple[Tensor, Tensor] | None = None
 
-    def load(self, parts: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """Read the weights: (out, in) and bias (out,) or none of every layer."""
-        weights = [w.detach() for w, _ in parts]
+    def load(self, parts: Sequence[LinearParts]) -> None:
+        """Read the weights of the layers."""
+        beside = self.dtype.itemsize < 4 and any(p.adapters for p in parts)
+        self.adapter = _side_by_side(parts) if beside else None
+        weights = [(p.weight if beside else p.merged()).detach() for p in parts]
         bias = None
-        if any(b is not None for _, b in parts):
-            bias = torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in parts]).to(self.dtype)
+        if any(p.bias is not None for p in parts):
+            biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias.detach() for p in parts]
+            bias = torch.cat(biases).to(self.dtype)
         if not self._packs(weights):
             self.plain, self.bias = self._joined(weights), bias
             return
         rows = max(1, PIECE // weights[0].shape[1])
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
         pieces = whole.split(rows)
-        biases = [None] * len(pieces) if bias is None else bias.split(rows)
+        pieces_of_bias = [None] * len(pieces) if bias is None else bias.split(rows)
         self.packed = self.packed[: len(pieces)] or [(whole, None)] * len(pieces)
-        for i, (piece, b) in enumerate(zip(pieces, biases, strict=True)):
+        for i, (piece, b) in enumerate(zip(pieces, pieces_of_bias, strict=True)):
             self.packed[i] = (whole, None)  # the old piece makes room for the new one
             piece = piece.to(self.dtype).contiguous()
             self.packed[i] = (torch.ops.mkldnn._reorder_linear_weight(piece, PACK_ROWS), b)
@@ -74,9 +82,28 @@ class Linear:
         return self.dtype == torch.float32 and sum(w.numel() for w in weights) >= PACK_FLOAT32
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
+        out = self._product(x.to(self.dtype))
+        if self.adapter is None:
+            return out
+        down, up = self.adapter
+        return torch.addmm(out.to(down.dtype), x.to(down.dtype) @ down.T, up.T).to(self.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.plain is not None:
             return F.linear(x, self.plain, self.bias)
         call = torch.ops.mkldnn._linear_pointwise.default
         outs = [call(x, weight, bias, "none", [], "") for weight, bias in self.packed]
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+
+
+def _side_by_side(parts: Sequence[LinearParts]) -> tuple[Tensor, Tensor]:
+    """One adapter A (r, in), B (out, r) for layers side by side: each layer's own factors, its scale in B, zeros elsewhere."""
+    down = torch.cat([a.detach() for p in parts for a, _, _ in p.adapters])
+    up = down.new_zeros(sum(len(p.weight) for p in parts), len(down))
+    row = column = 0
+    for p in parts:
+        for a, b, scale in p.adapters:
+            up[row : row + len(b), column : column + len(a)] = b.detach() * scale
+            column += len(a)
+        row += len(p.weight)
+    return down, up
