@@ -25,8 +25,8 @@ class Linear:
     """One layer that gives the outputs of several layers with the same input side by side.
 
     On the CPU its weights are reordered once by oneDNN, which would otherwise do so at every call. Adapters are merged in 32
-    bits and more. In 16 bits they stay beside the weight: a young adapter is smaller than the rounding of what it would be added
-    to, so that merging would write with the base model.
+    bits and more. In 16 bits they stay beside the weight: a young adapter is smaller than the rounding step of what it would be
+    added to, and merging would write with the base model.
 
     Args:
         dtype: of the products.
