@@ -27,6 +27,9 @@ REFILL_AT = 0.125
 class NativeSampler(Configurable):
     """Writes completions with a Hugging Face causal language model.
 
+    A recorded log-probability is the one that the token was drawn with. It agrees with the training forward pass to 5e-5 nats
+    in float32, and to 0.15 (0.005 on average) where either computes in bfloat16.
+
     Args:
         temperature: divides the logits before sampling; 0 takes the likeliest token. Anything but 1 makes the completions
             off-policy for an objective at temperature 1.
