@@ -113,6 +113,13 @@ def whole_weights(*models: nn.Module | None) -> Iterator[None]:
             unit.reshard()
 
 
+def is_cut(model: nn.Module) -> bool:
+    """Whether each process keeps a share of the weights alone."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(m, FSDPModule) for m in model.modules())
+
+
 def _roots(model: nn.Module) -> list[nn.Module]:
     """The outermost FSDP2 units."""
     from torch.distributed.fsdp import FSDPModule

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 
 @dataclass
@@ -59,3 +62,50 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int) -> PeftModel:
 def base_of(model: nn.Module) -> nn.Module:
     """The Hugging Face model below an adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adapters_at_work(model: nn.Module) -> frozenset[tuple[object, ...]]:
+    """The distinct states of a model's adapted layers: active adapters, whether they are switched off, whether merged."""
+    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    return frozenset((*m.active_adapters, m.disable_adapters, m.merged) for m in layers)
+
+
+@dataclass(frozen=True)
+class LinearParts:
+    """A linear layer taken apart: ``x -> x W^T + bias + sum of scale * x A^T B^T`` over the adapters (A, B, scale) at work.
+
+    Attributes:
+        weight: (out, in).
+        bias: (out,) or None.
+        adapters: A (r, in), B (out, r) and alpha / r of each.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    adapters: tuple[tuple[Tensor, Tensor, float], ...] = ()
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> LinearParts | None:
+        """The parts of a layer; None for one that computes something else."""
+        if type(layer) is nn.Linear:
+            return cls(layer.weight, layer.bias)
+        if not isinstance(layer, LoraLinear) or type(layer.base_layer) is not nn.Linear:
+            return None
+        plain = layer.disable_adapters or layer.merged
+        active = [] if plain else [a for a in layer.active_adapters if a in layer.lora_A]
+        if (layer.disable_adapters and layer.merged) or any(a in layer.lora_variant or layer.lora_bias[a] for a in active):
+            return None
+        factors: Any = [(layer.lora_A[a].weight, layer.lora_B[a].weight, layer.scaling[a]) for a in active]
+        return cls(layer.base_layer.weight, layer.base_layer.bias, tuple(factors))
+
+    def rows(self, count: int) -> LinearParts:
+        """The layer with its first ``count`` outputs."""
+        bias = None if self.bias is None else self.bias[:count]
+        return LinearParts(self.weight[:count], bias, tuple((a, b[:count], scale) for a, b, scale in self.adapters))
+
+    def merged(self) -> Tensor:
+        """W + sum of scale * B A, in the weight's dtype; the layer itself is left as it is."""
+        whole = self.weight
+        for down, up, scale in self.adapters:
+            whole = torch.addmm(whole, up.to(whole.dtype), down.to(whole.dtype), alpha=scale)
+        return whole

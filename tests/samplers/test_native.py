@@ -24,12 +24,13 @@ def vocabulary(pair: tuple[Path, Path]) -> Vocabulary:
     return Vocabulary.of(Student(str(pair[0])).tokenizer())
 
 
-def test_what_is_written_depends_on_the_row_alone(model: torch.nn.Module, vocabulary: Vocabulary) -> None:
+@pytest.mark.parametrize("engine", ["auto", "transformers"])
+def test_what_is_written_depends_on_the_row_alone(model: torch.nn.Module, vocabulary: Vocabulary, engine: str) -> None:
     """Alone, in small batches, in one batch, in another order: the same completion for the same prompt and seed."""
-    whole = NativeSampler(max_new_tokens=20).write(model, PROMPTS, SEEDS, vocabulary, 0)
+    whole = NativeSampler(max_new_tokens=20, engine=engine).write(model, PROMPTS, SEEDS, vocabulary, 0)
     assert len({c.ids for c in whole}) > 6
-    small = NativeSampler(max_new_tokens=20, batch_size=5).write(model, PROMPTS, SEEDS, vocabulary, 0)
-    back = NativeSampler(max_new_tokens=20).write(model, PROMPTS[::-1], SEEDS[::-1], vocabulary, 0)[::-1]
+    small = NativeSampler(max_new_tokens=20, batch_size=5, engine=engine).write(model, PROMPTS, SEEDS, vocabulary, 0)
+    back = NativeSampler(max_new_tokens=20, engine=engine).write(model, PROMPTS[::-1], SEEDS[::-1], vocabulary, 0)[::-1]
     for i in range(len(PROMPTS)):
         assert whole[i].ids == small[i].ids == back[i].ids
 
@@ -58,6 +59,17 @@ def test_a_completion_ends_with_eos_or_at_the_limit(model: torch.nn.Module, voca
         assert sum(ends) == int(c.ended) and (not c.ended or ends[-1])
         assert c.ended or len(c.ids) == 20
         assert len(c.logprobs) == len(c.ids)
+
+
+def test_progress_counts_rows_as_they_finish(model: torch.nn.Module, vocabulary: Vocabulary) -> None:
+    seen: list[int] = []
+    NativeSampler(max_new_tokens=20, batch_size=8).write(model, PROMPTS, SEEDS, vocabulary, 0, seen.append)
+    assert seen == sorted(set(seen)) and seen[-1] == len(PROMPTS)
+    assert len(seen) > 2  # batches of 8
+
+
+def test_nothing_to_write(model: torch.nn.Module, vocabulary: Vocabulary) -> None:
+    assert NativeSampler().write(model, [], [], vocabulary, 0) == []
 
 
 def test_frequencies_follow_the_law(model: torch.nn.Module, vocabulary: Vocabulary) -> None:
@@ -114,7 +126,9 @@ def test_padding_rows_are_never_sampled(pair: tuple[Path, Path], vocabulary: Voc
     assert max(t for c in written for t in c.ids) < vocabulary.size
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}, {"engine": "vllm"}], ids=str
+)
 def test_bad_settings_name_the_key(bad: dict) -> None:
     with pytest.raises(ValueError, match=f"sampler.{next(iter(bad))}"):
         NativeSampler(**bad)

@@ -1,0 +1,97 @@
+"""From logits to tokens: the law that is sampled, and draws from it with one uniform number a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Entries that are summed before the search: about the square root of a large vocabulary, so both levels are short."""
+
+CHUNK = 2**19
+"""Entries that are drawn from at once on a CPU: what one pass writes is still in its cache when the next one reads it."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """How next-token logits become the probabilities that tokens are drawn with.
+
+    Args:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: keeps the smallest set of tokens with at least this mass; 1 keeps all.
+        top_k: keeps this many likeliest tokens; 0 keeps all.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def sample(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """One token a row, and its log-probability under this law.
+
+        Args:
+            logits: (rows, V).
+            uniform: (rows,) in [0, 1).
+        """
+        at_once = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        drawn, recorded = [], []
+        for some, points in zip(logits.split(at_once), uniform.split(at_once), strict=True):
+            probabilities = self.probabilities(some)
+            tokens = draw(probabilities, points)
+            drawn.append(tokens)
+            recorded.append(probabilities.gather(-1, tokens[:, None]).squeeze(-1).log())
+        return torch.cat(drawn), torch.cat(recorded)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(rows, V) float32; 0 for every token that is cut off."""
+        if self.temperature == 0.0:
+            best = logits.argmax(-1, keepdim=True)
+            return torch.zeros(logits.shape, device=logits.device).scatter_(-1, best, 1.0)
+        logits = logits.float()
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            worst_kept = logits.topk(self.top_k, -1).values[:, -1:]
+            logits = logits.masked_fill(logits < worst_kept, -torch.inf)
+        if self.top_p < 1.0:
+            ranked, ids = logits.softmax(-1).sort(-1, descending=True)
+            outside = ranked.cumsum(-1) - ranked >= self.top_p  # the token that crosses the line is kept
+            logits = logits.masked_fill(outside.gather(-1, ids.argsort(-1)), -torch.inf)
+        return logits.softmax(-1)
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row: the first, in vocabulary order, at which the running sum passes the row's share of the whole.
+
+    The sum over the vocabulary runs over blocks first and inside one block then, so that no running sum of length V is made. A
+    token of probability 0 is never drawn.
+
+    Args:
+        probabilities: (rows, V), non-negative.
+        uniform: (rows,) in [0, 1).
+
+    >>> draw(torch.tensor([[0.25, 0.0, 0.75]] * 3), torch.tensor([0.2, 0.25, 0.9])).tolist()
+    [0, 2, 2]
+    """
+    rows, vocab = probabilities.shape
+    if vocab <= BLOCK:
+        return _passed(probabilities, uniform[:, None] * probabilities.sum(-1, keepdim=True))[0].squeeze(-1)
+    missing = -vocab % BLOCK
+    if missing:
+        probabilities = torch.nn.functional.pad(probabilities, (0, missing))
+    blocks = probabilities.view(rows, -1, BLOCK)
+    mass = blocks.sum(-1)
+    block, rest = _passed(mass, uniform[:, None] * mass.sum(-1, keepdim=True))
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1)
+    return (block * BLOCK + _passed(inside, rest)[0]).squeeze(-1)
+
+
+def _passed(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, 1) the first entry with mass at which the running sum passes ``point``, and what of ``point`` lies inside it."""
+    running = mass.cumsum(-1)
+    whole = running.amax(-1, keepdim=True)
+    point = torch.minimum(point, torch.nextafter(whole, torch.zeros_like(whole)))  # rounding may have led past the end
+    index = ((running > point) & (mass > 0)).to(torch.uint8).argmax(-1, keepdim=True)  # argmax: the first of equals
+    return index, point - (running.gather(-1, index) - mass.gather(-1, index))
