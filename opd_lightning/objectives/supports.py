@@ -49,6 +49,37 @@ class Scores(NamedTuple):
     cost: Tensor | None
 
 
+class Closed(NamedTuple):
+    """Two laws on a truncated support.
+
+    Attributes:
+        ids: (N, K) entries.
+        counts: (N, K) False for repeated entries of a union, and for those outside an intersection.
+        student, teacher: (N, K), or (N, K + 1) with a tail: log-probabilities, made comparable by the closure.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    student: Tensor
+    teacher: Tensor
+
+
+class World(NamedTuple):
+    """The laws in which a drawn token is judged: by its support, its baseline and its route alike.
+
+    Attributes:
+        student, teacher: (N, J) log-probabilities, of the vocabulary's entries or of a coarsening; only the first is
+            differentiated.
+        tokens: (N,) the entry that holds the drawn token.
+        tail: True if the last entry stands for all tokens that have none of their own.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    tokens: Tensor
+    tail: bool = False
+
+
 class Support(Configurable, ABC):
     """A choice of vocabulary entries.
 
@@ -71,6 +102,10 @@ class Support(Configurable, ABC):
         tokens: Int[Tensor, " N"],
     ) -> Scores:
         """Compare the two laws at every token."""
+
+    def world(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> World:
+        """What drawn tokens are judged in; the vocabulary unless a support says otherwise."""
+        return World(student, teacher, tokens)
 
     @property
     @abstractmethod
@@ -139,6 +174,12 @@ class TopK(Support):
         new = ~lp.membership(theirs, ids, vocab)
         return torch.cat([ids, theirs], -1), torch.cat([torch.ones_like(new), new], -1)
 
+    def closed(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> Closed:
+        """Both laws on the support, the student's differentiable."""
+        ids, counts = self._ids(student, teacher)
+        s, t = (self._close(law.gather(-1, ids), counts, is_teacher) for law, is_teacher in ((student, False), (teacher, True)))
+        return Closed(ids, counts, s, t)
+
     def _close(self, head: Float[Tensor, "N K"], counts: Bool[Tensor, "N K"], is_teacher: bool) -> Float[Tensor, "N J"]:
         """Log-probabilities on the support, made comparable by the closure."""
         head = head.where(counts, head.new_full((), lp.floor_of(head.dtype)))
@@ -156,9 +197,7 @@ class TopK(Support):
         tokens: Int[Tensor, " N"],
     ) -> Scores:
         assert teacher is not None
-        ids, counts = self._ids(student, teacher)
-        s = self._close(student.gather(-1, ids), counts, is_teacher=False)
-        t = self._close(teacher.gather(-1, ids), counts, is_teacher=True)
+        ids, counts, s, t = self.closed(student, teacher)
         if self.closure in ("raw", "renormalize_teacher"):
             value = divergence.raw(s, t).sum(-1)
         elif self.closure in ("stop_gradient", "sampled_tail"):
@@ -179,11 +218,35 @@ class SampledToken(Support):
 
     With ReverseKL this is the loss of Thinking Machines' on-policy distillation. It is unbiased for the full sum and
     needs one teacher number per token, at the price of the sampling noise.
+
+    Args:
+        k: 0, or the size of a closed world: the student's and the teacher's k likeliest tokens, and one tail entry for all
+            others. Advantage, baseline and route then know these entries alone, and the estimator is unbiased for the
+            divergence of this coarsening, whose entries depend on the state only. A token of the tail has the tail's
+            log-ratio, and its own score function.
+
+    Raises:
+        ValueError: for a negative k.
     """
 
     sampled = True
     summed = False
     title = "sampled token"
+
+    def __init__(self, k: int = 0) -> None:
+        if k < 0:
+            raise ValueError(f"SampledToken(k={k}): must be at least 0 (0 keeps the whole vocabulary)")
+        self.k = k
+        if k:
+            self.title = f"sampled token among the top-{k} of both and a tail"
+
+    def world(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> World:
+        if not self.k:
+            return super().world(student, teacher, tokens)
+        ids, _, ours, theirs = TopK(self.k, "union", "tail").closed(student, teacher)
+        found = ids == tokens[:, None]  # a repeated entry is found at its first place, which counts
+        entry = torch.where(found.any(-1), found.int().argmax(-1), ids.shape[-1])
+        return World(ours, theirs, entry, tail=True)
 
     def score(
         self,

@@ -99,6 +99,14 @@ def test_every_correction_of_the_package_is_here() -> None:
     assert set(map(type, MEMBERS)) == set(Correction.__subclasses__())
 
 
+def test_what_a_correction_leaves_is_declared() -> None:
+    """The token ratio is the default and exact on the states that were visited; the free product leaves nothing."""
+    for correction in MEMBERS:
+        biases = sampled(correction).declared_target.biases
+        exact = correction.title in (TokenRatio.title, PrefixProduct().title)
+        assert biases == (() if exact else (f"on stale rollouts {correction.bias}",))
+
+
 @each_world
 @pytest.mark.parametrize("correction", MEMBERS, ids=lambda c: c.title)
 def test_on_the_students_own_completions_nothing_is_corrected(name: str, correction: Correction) -> None:

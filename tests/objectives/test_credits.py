@@ -180,7 +180,11 @@ def test_the_divergence_of_the_own_state_is_no_signal(name: str) -> None:
 @each_world
 def test_window_limits(name: str) -> None:
     at = WORLDS[name]
-    close(at.gradients_of(sampled(KStep(1, 0.7))), at.gradients_of(sampled(Immediate())), 1e-14)
+    for nothing in (KStep(1, 0.7), KStep(3, 0.0)):
+        close(at.gradients_of(sampled(nothing)), at.gradients_of(sampled(Immediate())), 0.0)
+        assert sampled(nothing).declared_target == sampled(Immediate()).declared_target
+    with pytest.raises(ValueError, match="discounts"):
+        KStep(1, 7.0)
     for k in (at.horizon, 10**6):
         for gamma in (0.7, 1.0):
             close(at.gradients_of(sampled(KStep(k, gamma))), at.gradients_of(sampled(Discounted(gamma, analytic=True))), 1e-13)

@@ -49,12 +49,15 @@ ARGUMENTS: dict[str, list[dict]] = {
             ("geometric", 0.5, False),
             ("geometric", 1.0, True),
         )
-    ],
+    ]
+    + [{"destination": d, "strength": 0.5, "space": "probability"} for d in ("canonical", "geometric")]
+    + [{"destination": "lookahead", "strength": 0.5, "balanced": b} for b in (False, True)],
     "Discounted": [{"gamma": 0.5}, {"gamma": 0.5, "analytic": True}],
     "Disagreement": [{"at_least": 0.3}, {"top_fraction": 0.5}],
     "FirstTokens": [{"count": 2}],
     "GAE": [{}, {"gamma": 0.0}, {"gamma": 1.0, "lam": 1.0}, {"train_critic": False}],
     "KStep": [{"k": 1}, {"k": 2}],
+    "SampledToken": [{}, {"k": 1}],
     "PositionDecay": [{"gamma": 0.5}],
     "PrefixProduct": [{}, {"cap": 3.0}],
     "ReturnToGo": [{}, {"analytic": True}],
@@ -134,6 +137,7 @@ def test_every_accepted_combination_follows_its_declared_gradient(seed: int) -> 
         at = WORLDS["eos" if seed % 2 else "fixed"]
         critic = torch.linspace(-1.0, 0.5, len(at.states), dtype=torch.float64)
         given = {"reference": at.sampler, "critic": critic, "progress": 0.3}
+        ahead = torch.linspace(0.0, 1.0, at.teacher.numel(), dtype=torch.float64).view_as(at.teacher)
         writer = "student" if objective.support.needs_teacher else "teacher"
         try:
             exact = at.declared_gradient(objective, writer, **given)
@@ -141,7 +145,7 @@ def test_every_accepted_combination_follows_its_declared_gradient(seed: int) -> 
             assert "no closed form" in str(reason)
             assert declared.biases
             continue
-        error = (at.moments_of(objective, writer, **given).mean - exact).abs().max().item()
+        error = (at.moments_of(objective, writer, ahead=ahead, **given).mean - exact).abs().max().item()
         assert error < 1e-9, (objective, error)
         compared += 1
     assert compared > 45
@@ -297,7 +301,7 @@ def test_values_and_gradients_are_finite_at_every_limit(axis: str, case: str) ->
             student, teacher = tables(case, dtype)
             student.requires_grad_(True)
             critic = torch.zeros(len(student), dtype=dtype, requires_grad=True)
-            extras = Extras(TableLaws(teacher.roll(1, 0)), critic, 0.5)
+            extras = Extras(TableLaws(teacher.roll(1, 0)), critic, 0.5, torch.rand(student.shape, dtype=dtype))
             out = objective(TableLaws(student), TableLaws(teacher), rollout, extras=extras)
             (gradient,) = torch.autograd.grad(out.loss, student, allow_unused=True)
             assert torch.isfinite(out.loss), (objective, dtype)
@@ -312,7 +316,9 @@ def test_an_empty_mask_is_a_zero_that_backpropagates(axis: str) -> None:
     for member in MEMBERS[axis]:
         for objective in around(axis, member)[:8]:
             student, empty = torch.zeros(0, VOCAB, requires_grad=True), TableLaws(torch.zeros(0, VOCAB))
-            loss = objective(TableLaws(student), empty, nothing, extras=Extras(empty, torch.zeros(0), 0.5)).loss
+            loss = objective(
+                TableLaws(student), empty, nothing, extras=Extras(empty, torch.zeros(0), 0.5, torch.zeros(0, VOCAB))
+            ).loss
             assert loss.item() == 0.0
             loss.backward()
 
@@ -332,7 +338,9 @@ def test_masked_tokens_between_the_others_change_nothing(axis: str) -> None:
     wide = replace(rollout, text=replace(rollout.text, ids=ids, mask=mask), sampler_logprobs=recorded)
     student, teacher = tables("plain", torch.float64)
     student.requires_grad_(True)
-    extras = Extras(TableLaws(teacher.roll(1, 0)), torch.linspace(-1.0, 0.0, len(student), dtype=torch.float64), 0.5)
+    extras = Extras(
+        TableLaws(teacher.roll(1, 0)), torch.linspace(-1.0, 0.0, len(student), dtype=torch.float64), 0.5, student.detach()
+    )
     for member in MEMBERS[axis]:
         for objective in around(axis, member):
             narrow, broad = (objective(TableLaws(student), TableLaws(teacher), r, extras=extras) for r in (rollout, wide))

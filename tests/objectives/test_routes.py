@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,8 @@ def test_direction_of_every_token_by_definition(name: str, destination: str, str
 @each_world
 def test_strength_zero_and_closed_gates_are_the_plain_gradient(name: str) -> None:
     at = WORLDS[name]
+    idle = routed(CounterfactualRoute("canonical", 0.0, True), TopKBaseline(2))
+    assert idle.declared_target.biases == routed(Vanilla(), TopKBaseline(2)).declared_target.biases == ()
     plain = at.gradients_of(routed(Vanilla()))
     for destination in ("canonical", "geometric"):
         for balanced in (False, True):
@@ -215,7 +218,7 @@ def single_tokens(student: torch.Tensor, teacher: torch.Tensor, drawn: torch.Ten
     """(N, V) ascent direction of every row of logits, one drawn token each."""
     logs = student.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
     written = [Completion((int(v),), (float(x),), True, 0) for v, x in zip(drawn, logs, strict=True)]
-    rollout = Rollout.of([Prompt(0, "", (1,))] * len(written), written, 0)
+    rollout = replace(Rollout.of([Prompt(0, "", (1,))] * len(written), written, 0), sampler_logprobs=logs[:, None])
     rows = student.clone().requires_grad_(True)
     loss = objective(TableLaws(rows), TableLaws(teacher), rollout).loss * len(written)
     return -torch.autograd.grad(loss, rows)[0]
@@ -227,25 +230,32 @@ def slope_of_kl(student: torch.Tensor, teacher: torch.Tensor, direction: torch.T
     return (p * (gap - (p * gap).sum(-1, keepdim=True)) * direction).sum(-1)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+DRAWS = 10_000
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), vocab=st.integers(3, 8), scale=st.floats(0.2, 3.0))
-def test_no_routed_step_raises_the_divergence(seed: int, vocab: int, scale: float) -> None:
-    """500 draws an example, 10 000 in all, every negative event: full routing always descends KL(student || teacher)."""
+def test_of_ten_thousand_routed_steps_none_raises_the_divergence(seed: int, vocab: int, scale: float) -> None:
+    """The per-sample descent theorem: 10 000 laws and draws an example, and no suppressed token whose full routing does not
+    descend KL(student || teacher). Of the same draws the plain gradient raises it for some.
+    """
     generator = torch.Generator().manual_seed(seed)
-    z, w = scale * torch.randn(2, 500, vocab, generator=generator, dtype=torch.float64)
+    z, w = scale * torch.randn(2, DRAWS, vocab, generator=generator, dtype=torch.float64)
     drawn = torch.multinomial(z.softmax(-1), 1, generator=generator).squeeze(-1)
     p, q = z.softmax(-1), w.softmax(-1)
-    advantage = (q / p).log().gather(-1, drawn[:, None]).squeeze(-1) + (p * (p / q).log()).sum(-1)
-    found = slope_of_kl(z, w, single_tokens(z, w, drawn, canonical(1.0)))
-    assert (found[advantage < -1e-6] < 0).all()
-    geometric = routed(CounterfactualRoute("geometric", 1.0, max_ratio=1e300))
-    assert (slope_of_kl(z, w, single_tokens(z, w, drawn, geometric))[advantage < -1e-6] < 0).all()
+    raw = (q / p).log().gather(-1, drawn[:, None]).squeeze(-1)
+    suppressed = raw + (p * (p / q).log()).sum(-1) < -1e-6
+    assert suppressed.sum() > DRAWS / 10
+    for objective in (canonical(1.0), routed(CounterfactualRoute("geometric", 1.0, max_ratio=1e300))):
+        assert (slope_of_kl(z, w, single_tokens(z, w, drawn, objective))[suppressed] < 0).all()
+    plain = slope_of_kl(z, w, single_tokens(z, w, drawn, routed(Vanilla(), NoBaseline())))
+    assert (plain[raw < 0] > 1e-12).any()
 
 
 def test_the_plain_gradient_and_a_raw_trigger_raise_it_now_and_then() -> None:
     """Shares of negative events that raise the divergence; the raw trigger is refused for it."""
     generator = torch.Generator().manual_seed(0)
-    z, w = 1.5 * torch.randn(2, 10_000, 6, generator=generator, dtype=torch.float64)
+    z, w = 1.5 * torch.randn(2, DRAWS, 6, generator=generator, dtype=torch.float64)
     drawn = torch.multinomial(z.softmax(-1), 1, generator=generator).squeeze(-1)
     p, q = z.softmax(-1), w.softmax(-1)
     raw = (q / p).log().gather(-1, drawn[:, None]).squeeze(-1)
