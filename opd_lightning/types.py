@@ -128,6 +128,7 @@ class Rollout:
         scale: factors, one a term of the objective, that turn "sum over this micro-batch" into "mean over the optimizer
             step, all micro-batches, all ranks", whatever Lightning (accumulation) and DDP (averaging) divide by. Empty
             asks the objective to normalise by this batch alone.
+        group_size: rollouts of a prompt; rows are numbered prompt by prompt.
     """
 
     text: Rendering
@@ -138,6 +139,7 @@ class Rollout:
     ended: Tensor
     teacher_text: Rendering | None = None
     scale: tuple[float, ...] = ()
+    group_size: int = 1
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], completions: Sequence[Completion], pad_id: int) -> Rollout:
@@ -171,6 +173,7 @@ class Rollout:
             sampler_logprobs=torch.cat(recorded),
             teacher_text=Rendering.cat(teachers) if teachers else None,
             scale=parts[0].scale,
+            group_size=parts[0].group_size,
             **joined,
         )
 
@@ -181,6 +184,11 @@ class Rollout:
     def mask(self) -> Tensor:
         """(B, T) True where a completion token is scored."""
         return self.text.mask
+
+    @property
+    def group(self) -> Tensor:
+        """(B,) number of the group: the rollouts of one prompt, written together."""
+        return self.row // self.group_size
 
     @property
     def for_teacher(self) -> Rendering:
@@ -210,6 +218,7 @@ class Rollout:
             ended=self.ended[index],
             teacher_text=self.teacher_text.select(index) if self.teacher_text else None,
             scale=self.scale,
+            group_size=self.group_size,
         )
 
     def completion(self, b: int) -> list[int]:
@@ -270,8 +279,10 @@ class ObjectiveOutput:
         loss: scalar to minimise.
         token_loss: (B, T) detached contribution of each position before reduction.
         stats: detached measurements.
+        advantages: (terms, 2) sum and number of each term's advantages before its baseline, for baselines that remember.
     """
 
     loss: Tensor
     token_loss: Tensor
     stats: TokenStats
+    advantages: Tensor | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from opd_lightning.objectives.baselines import RolloutMean
 from opd_lightning.objectives.corrections import NoCorrection, PrefixProduct, TokenRatio
 from opd_lightning.objectives.credits import GAE, TotalReturn
 from opd_lightning.objectives.divergences import Divergence, ForwardKL, ReverseKL
@@ -184,10 +185,10 @@ def _of_route(objective: Objective) -> Defect | None:
             "c_v = p_v (log q_v - log p_v + KL)_+ / sum",
             "divergence: ReverseKL",
         )
-    if not (objective.baseline.present or isinstance(objective.credit, GAE)):
+    if isinstance(objective.baseline, RolloutMean) or not (objective.baseline.present or isinstance(objective.credit, GAE)):
         return Defect(
-            "without a baseline a negative signal only says that the student likes a token more than the teacher does, not "
-            "that less of it helps: about one routed step in ten then raises the divergence",
+            "without a baseline of its own state a negative signal only says that the student likes a token more than the "
+            "teacher does, not that less of it helps: about one routed step in ten then raises the divergence",
             "dKL/dz_a = p_a (log p_a - log q_a - KL): its sign is that of - (r_a + KL), not that of - r_a",
             "baseline: ClosedFormBaseline",
         )

@@ -56,12 +56,14 @@ class Extras:
         critic: (N,) predicted minus future cost of every state, differentiable; for `GAE`.
         progress: share of the run that is done, in [0, 1].
         ahead: (N, V) expected cost of what follows every token of the vocabulary, for look-ahead routes.
+        past: (terms, 2) what `Objective.remember` has kept of earlier steps, for baselines that look back.
     """
 
     reference: TokenLaws | None = None
     critic: Tensor | None = None
     progress: float = 0.0
     ahead: Tensor | None = None
+    past: Tensor | None = None
 
 
 class Parts(NamedTuple):
@@ -230,6 +232,7 @@ class ObjectiveRows:
         value, gradient = closed
         gradient *= (factors[0].to(gradient.dtype) / objective.temperature)[:, None]
         signals = _signals(objective, Scores(value, None, value), World(student, teacher, tokens))
+        signals["teacher_logprob"] = lp.gather(teacher, tokens)
         stats = statistics(student, teacher, *probs, tokens, self.agreement_k)
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
         measured |= {(0, "_" + key): value for key, value in signals.items()}
