@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from opd_lightning import parallel
 from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
-from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, prove_head
+from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, likeliest, prove_head
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
 from opd_lightning.models.teachers import AdapterOffTeacher, StartTeacher, Teacher
@@ -221,6 +221,11 @@ class OPDModule(pl.LightningModule):
             ids = [p.teacher_ids or p.ids for p in prompts]
             with self.teacher.speaking(student) as model:
                 return sampler.write(model, ids, seeds, self.vocabulary, NOT_A_STUDENT, on_progress)
+
+    def top_ids(self, rollout: Rollout, k: int, rows: int) -> torch.Tensor:
+        """(B, T, k) the student's likeliest tokens as it is now; see `opd_lightning.models.distributions.likeliest`."""
+        with evaluating(self._student), parallel.whole_weights(self._student):
+            return likeliest(self._student, rollout.text, self.vocabulary.size, k, rows)
 
     def score(self, rollout: Rollout, objective: Objective, agreement_k: int = 0) -> ObjectiveOutput:
         """Both models' laws on a rollout, compared by an objective."""

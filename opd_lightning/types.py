@@ -61,7 +61,8 @@ class Completion:
 
 
 def _pad(rows: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
+    """The second dimension filled up with zeros."""
+    return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 2) + (0, width - rows.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Rollout:
             step, all micro-batches, all ranks", whatever Lightning (accumulation) and DDP (averaging) divide by. Empty
             asks the objective to normalise by this batch alone.
         group_size: rollouts of a prompt; rows are numbered prompt by prompt.
+        top_ids: (B, T, K) the student's likeliest tokens when the text was written, likeliest first; None if not recorded.
     """
 
     text: Rendering
@@ -140,6 +142,7 @@ class Rollout:
     teacher_text: Rendering | None = None
     scale: tuple[float, ...] = ()
     group_size: int = 1
+    top_ids: Tensor | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], completions: Sequence[Completion], pad_id: int) -> Rollout:
@@ -167,6 +170,7 @@ class Rollout:
         longest = max(p.text.ids.shape[1] for p in parts)
         recorded = [_pad(p.sampler_logprobs, longest - 1) for p in parts]
         teachers = [p.teacher_text for p in parts if p.teacher_text is not None]
+        top_ids = [_pad(p.top_ids, longest - 1) for p in parts if p.top_ids is not None]
         joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in ("row", "prompt_index", "policy_step", "ended")}
         return cls(
             text=Rendering.cat([p.text for p in parts]),
@@ -174,6 +178,7 @@ class Rollout:
             teacher_text=Rendering.cat(teachers) if teachers else None,
             scale=parts[0].scale,
             group_size=parts[0].group_size,
+            top_ids=torch.cat(top_ids) if top_ids else None,
             **joined,
         )
 
@@ -219,6 +224,7 @@ class Rollout:
             teacher_text=self.teacher_text.select(index) if self.teacher_text else None,
             scale=self.scale,
             group_size=self.group_size,
+            top_ids=self.top_ids[index, : text.mask.shape[1]] if self.top_ids is not None else None,
         )
 
     def completion(self, b: int) -> list[int]:

@@ -232,12 +232,16 @@ class RolloutRefresh(pl.Callback):
         first_step = refresh * self.every_n_steps
         started = time.perf_counter()
         writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "rollout")
+        objective = pl_module.objective_at(first_step)
         with pl_module.clock.phase("rollout", whole=True):
             completions = self.source_at(pl_module, first_step).produce(prompts, writers)
+            rollout = Rollout.of(prompts, completions, pl_module.vocabulary.pad_id)
+            rollout = replace(rollout, group_size=self.rollouts_per_prompt)
+            if k := min(objective.record_top_k, pl_module.vocabulary.size):
+                with trainer.precision_plugin.forward_context():
+                    rollout = replace(rollout, top_ids=pl_module.top_ids(rollout, k, plan.micro_batch_size))
         seconds = time.perf_counter() - started
-        rollout = Rollout.of(prompts, completions, pl_module.vocabulary.pad_id)
-        rollout = replace(rollout, group_size=self.rollouts_per_prompt)
-        self.buffer.put(refresh, rollout, self._scales(rollout, pl_module.objective_at(first_step)))
+        self.buffer.put(refresh, rollout, self._scales(rollout, objective))
         self.pending = self._measure(rollout, seconds)
 
     def _scales(self, rollout: Rollout, objective: Objective) -> list[tuple[float, ...]]:

@@ -162,13 +162,18 @@ class TabularWorld:
 
     # ---- estimators ----------------------------------------------------------------------------------------------------
     def rollout(self, path: Path, writer: Writer = "student") -> Rollout:
-        """The completion as a batch of one, with the writer's recorded log-probabilities, in float64."""
+        """The completion as a batch of one, with the writer's recorded log-probabilities, in float64. The student's likeliest
+        tokens when it was written are those of the third law if that one wrote it.
+        """
         law = self._table(writer).detach().log_softmax(-1)
         recorded = [float(law[s, v]) for s, v in zip(path.states, path.tokens, strict=True)]
         step = NOT_A_STUDENT if writer == "teacher" else 0
         prompt = Prompt(index=0, text="", ids=(PROMPT_TOKEN,))
         rollout = Rollout.of([prompt], [Completion(path.tokens, tuple(recorded), path.ended, step)], pad_id=PROMPT_TOKEN)
-        return replace(rollout, sampler_logprobs=torch.tensor([recorded], dtype=torch.float64), scale=(1.0,))
+        then = self._table("sampler" if writer == "sampler" else "student").detach()
+        ranked = then[list(path.states)].sort(-1, descending=True).indices[None]
+        recorded_at = torch.tensor([recorded], dtype=torch.float64)
+        return replace(rollout, sampler_logprobs=recorded_at, scale=(1.0,), top_ids=ranked)
 
     def moments(self, loss: Callable[[Rollout, TableLaws, TableLaws], Tensor], writer: Writer = "student") -> Moments:
         """Exact mean and covariance trace of the gradient of ``loss(rollout, student, teacher)`` over all completions."""
@@ -204,7 +209,7 @@ class TabularWorld:
             ahead: (S, V) cost of what follows every token (see `behind`), for look-ahead routes.
         """
         parts = [self.rollout(path, writer) for path in self.paths]
-        batch = replace(Rollout.cat(parts), scale=(1.0,) * len(objective.flat()))
+        batch = replace(Rollout.cat(parts), row=torch.arange(len(parts)), scale=(1.0,) * len(objective.flat()))
         states = torch.tensor([s for path in self.paths for s in path.states])
         owner = torch.tensor([i for i, path in enumerate(self.paths) for _ in path.states])
         rows = self.student.detach()[states].requires_grad_(True)
@@ -313,7 +318,7 @@ class TabularWorld:
         Raises:
             ValueError: for compositions that name no closed form (gates on drawn tokens, unbalanced routes).
         """
-        declared.refuse_without_closed_form(objective)
+        declared.refuse_without_closed_form(objective, writer)
         local = declared.local_of(self, objective, reference, progress)
         if isinstance(objective.reduction, SequenceMean):
             return declared.per_completion(self, objective, local, writer)

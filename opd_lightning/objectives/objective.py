@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -122,6 +123,11 @@ class Objective(Configurable):
         return self.baseline.needs_groups
 
     @property
+    def record_top_k(self) -> int:
+        """How many of the student's likeliest tokens must be recorded with every token that is written."""
+        return max(part.support.record_top_k for part, _ in self.flat())
+
+    @property
     def needs_sampler(self) -> bool:
         """Whether the drawn token enters as a policy gradient, with its recorded sampler log-probability."""
         return self.support.sampled or self.credit.gamma > 0.0
@@ -166,6 +172,7 @@ class Objective(Configurable):
         self.check(rollout, rows)
         tokens = rollout.text.targets[rollout.mask]
         expected = self.expected_gradient(rollout, rows)
+        extras = self.recorded(rollout, extras)
         parts, stats = measure([self], student, teacher, tokens, agreement_k, extras, [expected])
         return self.conclude(parts[0], stats, rollout, rows, student.vocab, extras)
 
@@ -181,6 +188,21 @@ class Objective(Configurable):
                 "was sampled, and some rows do not know it (completions from a data set). Use `rollout.source: "
                 "StudentSource`, or an exact support (FullVocab, TopK) with credit Immediate."
             )
+
+    def recorded(self, rollout: Rollout, extras: Extras) -> Extras:
+        """The same with what was recorded when the text was written.
+
+        Raises:
+            ValueError: if an objective stands on it and it is not there.
+        """
+        if not self.record_top_k:
+            return extras
+        if rollout.top_ids is None:
+            raise ValueError(
+                "TopK(ids='sampling') needs the student's likeliest tokens recorded with the rollout, as RolloutRefresh does; "
+                "for rollouts from elsewhere use support.ids: scoring"
+            )
+        return replace(extras, top_ids=rollout.top_ids[rollout.mask])
 
     def expected_gradient(self, rollout: Rollout, rows: Bool[Tensor, " B"] | None = None) -> Float[Tensor, " N"] | None:
         """What the loss will give to each token's divergence, where that follows from the reduction alone."""

@@ -56,6 +56,7 @@ class Extras:
         critic: (N,) predicted minus future cost of every state, differentiable; for `GAE`.
         progress: share of the run that is done, in [0, 1].
         ahead: (N, V) expected cost of what follows every token of the vocabulary, for look-ahead routes.
+        top_ids: (N, K) the student's likeliest tokens when the text was written, for supports that stand on them.
         past: (terms, 2) what `Objective.remember` has kept of earlier steps, for baselines that look back.
     """
 
@@ -64,6 +65,7 @@ class Extras:
     progress: float = 0.0
     ahead: Tensor | None = None
     past: Tensor | None = None
+    top_ids: Tensor | None = None
 
 
 class Parts(NamedTuple):
@@ -131,7 +133,8 @@ class ObjectiveRows:
         agreement_k: int,
     ) -> None:
         self.objectives, self.teacher, self.reference = objectives, teacher, extras.reference
-        self.progress, self.tokens, self.agreement_k, self.ahead = extras.progress, tokens, agreement_k, extras.ahead
+        self.progress, self.tokens, self.agreement_k = extras.progress, tokens, agreement_k
+        self.ahead, self.top_ids = extras.ahead, extras.top_ids
         self.names = [(i, name) for i, o in enumerate(objectives) for name in _differentiated(o)]
         self.measuring = next((i for i, o in enumerate(objectives) if o.needs_teacher), 0)
 
@@ -174,8 +177,8 @@ class ObjectiveRows:
         measured: dict[Hashable, Tensor] = {}
         for i, objective in enumerate(self.objectives):
             theirs, third = self._others(others, objective)
-            ahead = self.ahead[start:stop] if self.ahead is not None else None
-            known = (third, self.progress, self.measuring == i, self.agreement_k, ahead)
+            ahead, top_ids = (None if x is None else x[start:stop] for x in (self.ahead, self.top_ids))
+            known = (third, self.progress, self.measuring == i, self.agreement_k, ahead, top_ids)
             parts, stats = score(objective, logits, theirs, tokens, *known)
             for name in ("direct", "logprob", "routed"):
                 if (value := getattr(parts, name)) is not None:
@@ -259,6 +262,7 @@ def score(
     measuring: bool = True,
     agreement_k: int = 0,
     ahead: Float[Tensor, "n V"] | None = None,
+    top_ids: Int[Tensor, "n K"] | None = None,
 ) -> tuple[Parts, dict[str, Tensor]]:
     """One objective on both models' logits: what it needs of the vocabulary, and statistics if it is the ``measuring`` one."""
     student = lp.log_softmax(student_logits, objective.temperature)
@@ -274,7 +278,8 @@ def score(
         third = lp.log_softmax(reference_logits.detach(), objective.temperature) if reference_logits is not None else None
         aim = objective.target.law(student.detach(), teacher, third, progress).clamp(min=lp.floor_of(student.dtype))
     world = objective.support.world(student, aim, tokens)
-    scores = objective.support.score(objective.divergence, *world[:3])
+    recorded = (top_ids,) if objective.support.record_top_k and top_ids is not None else ()
+    scores = objective.support.score(objective.divergence, *world[:3], *recorded)
     routed = objective.route.score(world, ahead)
     with torch.no_grad():
         detached = _signals(objective, scores, world) | {"teacher_logprob": lp.gather(aim, tokens)}

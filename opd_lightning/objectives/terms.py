@@ -131,6 +131,7 @@ class Terms(Objective):
             given = objective.expected_gradient(part, chosen)
             expected.append(given if given is None else given * size)
         tokens = rollout.text.targets[rollout.mask]
+        extras = self.recorded(rollout, extras)
         found, stats = measure(objectives, student, teacher, tokens, agreement_k, extras, expected)
         past = extras.past.split(1) if extras.past is not None else [None] * len(own)
         outputs = [

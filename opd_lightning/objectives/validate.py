@@ -69,6 +69,8 @@ def _biases(objective: Objective) -> tuple[str, ...]:
         )
     if isinstance(support, SampledToken) and support.k:
         out.append(LOWER_BOUND)
+    if support.record_top_k:
+        out.append("on stale rollouts the support is that of the student who wrote")
     out.append("" if _time_discounted(objective) else credit.bias)
     if isinstance(reduction, SequenceMean) and (support.sampled or not support.needs_teacher or credit.gamma > 0.0):
         out.append("the weight 1 / length depends on the drawn tokens where completions can end early")

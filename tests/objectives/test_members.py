@@ -76,7 +76,8 @@ ARGUMENTS: dict[str, list[dict]] = {
             *((k, by, "sampled_tail") for k in (1, 3) for by in ("student", "union", "intersection")),
             *((1, by, "renormalize_teacher") for by in ("teacher", "intersection")),
         )
-    ],
+    ]
+    + [{"k": 2, "by": by, "closure": c, "ids": "sampling"} for by, c in (("student", "tail"), ("union", "stop_gradient"))],
 }
 
 
@@ -237,7 +238,8 @@ def rollout_of(seed: int) -> Rollout:
     written = [
         Completion(tuple(torch.randint(VOCAB, (n,), generator=generator).tolist()), (-1.6,) * n, True, 0) for n in LENGTHS
     ]
-    return Rollout.of([Prompt(i, "", (1,), row=i) for i in range(len(LENGTHS))], written, 0)
+    rollout = Rollout.of([Prompt(i, "", (1,), row=i) for i in range(len(LENGTHS))], written, 0)
+    return replace(rollout, top_ids=torch.rand(*rollout.mask.shape, VOCAB, generator=generator).argsort(-1))
 
 
 def tables(case: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,7 +337,9 @@ def test_masked_tokens_between_the_others_change_nothing(axis: str) -> None:
     ids = torch.full((len(rollout), int(spread[-1]) + 4), 3).index_copy(1, spread, rollout.text.ids)
     mask = torch.zeros(len(rollout), ids.shape[1] - 1, dtype=torch.bool).index_copy(1, spread[1:] - 1, rollout.mask)
     recorded = torch.full(mask.shape, -9.0).index_copy(1, spread[1:] - 1, rollout.sampler_logprobs)
-    wide = replace(rollout, text=replace(rollout.text, ids=ids, mask=mask), sampler_logprobs=recorded)
+    top_ids = torch.zeros(*mask.shape, VOCAB, dtype=torch.long).index_copy(1, spread[1:] - 1, rollout.top_ids)
+    text = replace(rollout.text, ids=ids, mask=mask)
+    wide = replace(rollout, text=text, sampler_logprobs=recorded, top_ids=top_ids)
     student, teacher = tables("plain", torch.float64)
     student.requires_grad_(True)
     extras = Extras(
