@@ -312,6 +312,22 @@ def test_values_and_gradients_are_finite_at_every_limit(axis: str, case: str) ->
 
 
 @pytest.mark.parametrize("axis", AXES)
+def test_gradient_reaches_student_and_critic_alone(axis: str) -> None:
+    """Not the teacher, the reference or what is known of later states, through no weight, gate, baseline or destination."""
+    rollout = rollout_of(0)
+    for member in MEMBERS[axis]:
+        for objective in around(axis, member):
+            given = [x.requires_grad_(True) for x in (*tables("plain", torch.float64), torch.randn(sum(LENGTHS), VOCAB))]
+            critic, ahead = torch.zeros(sum(LENGTHS), requires_grad=True), torch.randn(sum(LENGTHS), VOCAB, requires_grad=True)
+            laws = [TableLaws(x) for x in given]
+            out = objective(*laws[:2], rollout, extras=Extras(laws[2], critic, 0.5, ahead))
+            found = torch.autograd.grad(out.loss, [*given, ahead, critic], allow_unused=True)
+            assert found[0] is not None and found[1:4] == (None, None, None), objective
+            assert (found[4] is not None) == objective.needs_critic
+            assert not out.token_loss.requires_grad and not any(v.requires_grad for v in out.stats.values.values())
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_an_empty_mask_is_a_zero_that_backpropagates(axis: str) -> None:
     rollout = rollout_of(0)
     nothing = replace(rollout, text=replace(rollout.text, mask=torch.zeros_like(rollout.mask)))

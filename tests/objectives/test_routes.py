@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -29,6 +30,8 @@ from opd_lightning.objectives import (
     TopKBaseline,
     Vanilla,
 )
+from opd_lightning.objectives.routes import Routed
+from opd_lightning.objectives.supports import World
 from opd_lightning.types import Completion, Prompt, Rollout
 from tests.objectives.textbook import Book, close, world, worlds
 
@@ -336,3 +339,42 @@ def test_routes_are_refused_where_they_would_be_idle_or_underived() -> None:
     wrong = Objective(GeneralizedJSD(0.3), route=balanced, allow_degenerate=True, **axes)
     shift = WORLDS["eos"].moments_of(wrong).mean - WORLDS["eos"].moments_of(Objective(GeneralizedJSD(0.3), **axes)).mean
     assert shift.abs().max() > 1e-3  # another divergence is not balanced by the destinations of the reverse KL
+
+
+class AsTheStudentLikes(CounterfactualRoute):
+    """c = p."""
+
+    def score(self, world: World, ahead: torch.Tensor | None = None) -> Routed:
+        share = torch.full_like(world.student[:, 0], self.strength).detach()
+        return Routed((world.student.detach().exp() * world.student).sum(-1), share)
+
+
+@each_world
+def test_routing_to_the_students_own_law_is_the_plain_gradient(name: str) -> None:
+    plain = WORLDS[name].gradients_of(routed(Vanilla()))
+    for strength in (0.3, 1.0):
+        close(WORLDS[name].gradients_of(routed(AsTheStudentLikes("canonical", strength))), plain, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("route", "steps"),
+    [
+        (Vanilla(), 81),
+        (CounterfactualRoute("canonical", 1.0), 43),
+        (CounterfactualRoute("geometric", 1.0, alpha=0.5), 42),
+        (CounterfactualRoute("geometric", 1.0, alpha=1.0), 43),
+    ],
+    ids=lambda x: getattr(x, "title", "") or "plain",
+)
+def test_golden_training_reaches_the_teacher_monotonically(route: object, steps: int) -> None:
+    """Expected steps of size 1/2 from the golden state until KL < 0.01; routing halves their number."""
+    z, q = torch.tensor(P, dtype=torch.float64).log(), torch.tensor(Q, dtype=torch.float64)
+    kls: list[float] = []
+    while not kls or kls[-1] >= 0.01:
+        up = single_tokens(z.repeat(4, 1), q.log().repeat(4, 1), torch.arange(4), routed(route))
+        z = z + 0.5 * (z.softmax(-1)[:, None] * up).sum(0)
+        p = z.softmax(-1)
+        kls.append(float((p * (p / q).log()).sum()))
+        assert len(kls) < 200
+    assert abs(len(kls) - steps) <= 2
+    assert all(b < a for a, b in itertools.pairwise(kls))
