@@ -115,6 +115,13 @@ def test_what_a_baseline_remembers_is_in_the_checkpoint_and_used(pair: tuple[Pat
     assert not same(weights(module), weights(blind))
 
 
+def test_a_group_of_one_has_nobody_to_compare_with(pair: tuple[Path, Path]) -> None:
+    module = tiny_module(pair, baselines())
+    assert len(RolloutRefresh(rollouts_per_prompt=2).declare(module)) == 1
+    with pytest.raises(ValueError, match=r"rollout\.rollouts_per_prompt=1 .*BatchMean"):
+        RolloutRefresh().declare(module)
+
+
 def test_the_reference_stays_where_the_student_started(pair: tuple[Path, Path], tmp_path: Path) -> None:
     module, data, trainer = build(tmp_path, pair, several)
     trainer.fit(module, data)

@@ -1,14 +1,12 @@
-"""Routes in a coarsened vocabulary, in probability space and with look-ahead (items 19 to 21 of the routes' theorems).
+"""Routes in a coarsened vocabulary, in probability space and with look-ahead.
 
-======================================================  ============================================================
-theorem                                                 test
-======================================================  ============================================================
-natural routing moves mass from a to c and nowhere else  test_probability_space_moves_mass_to_the_destinations_alone
-its canonical directions add up to the natural gradient  test_canonical_directions_add_up_to_the_natural_gradient
-canonical routes with Q - V: the sequence level          test_balanced_look_ahead_is_the_gradient_of_completions
-all of this with a tail entry                            test_coarse_*
-entries must depend on the state alone                   test_a_coarsening_that_holds_the_drawn_token_is_biased
-======================================================  ============================================================
+What is proven:
+
+- natural routing moves mass from a to c and nowhere else: `test_probability_space_moves_mass_to_the_destinations_alone`;
+- its canonical directions add up to the natural gradient: `test_canonical_directions_add_up_to_the_natural_gradient`;
+- canonical routes with Q - V give the sequence level: `test_balanced_look_ahead_is_the_gradient_of_completions`;
+- directions, bias, balance, variance and descent of test_routes.py with a tail entry: `test_coarse_*`;
+- entries must depend on the state alone: `test_a_coarsening_that_holds_the_drawn_token_is_biased`.
 """
 
 from __future__ import annotations
