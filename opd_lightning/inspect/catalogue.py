@@ -156,7 +156,10 @@ def _shrunk(objective: Objective, k: int) -> Objective:
         for term in small.terms:  # type: ignore[attr-defined]
             term.objective = _shrunk(term.objective, k)
     elif isinstance(objective.support, TopK):
-        small.support = TopK(min(k, objective.support.k), objective.support.by, objective.support.closure)
+        support = objective.support
+        small.support = TopK(min(k, support.k), support.by, support.closure, support.ids)
+    elif isinstance(objective.support, SampledToken):
+        small.support = SampledToken(min(k, objective.support.k))
     return small
 
 

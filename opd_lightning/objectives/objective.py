@@ -36,7 +36,7 @@ class TokenLosses(NamedTuple):
     Attributes:
         loss: (B, T) before reduction.
         critic: (B, T) squared error of the critic; None without one.
-        advantages: (1, 2) their sum and number before the baseline, detached; None where no baseline looks at them.
+        advantages: (1, 2) their sum and number before the baseline, detached; None where no baseline remembers them.
     """
 
     loss: Tensor
@@ -277,7 +277,8 @@ class Objective(Configurable):
                 plain = self.credit.advantage(Signals(local, cost, state_cost, mask, values))
                 past = extras.past[0] if extras.past is not None else None
                 local = local - self.baseline.over(plain, counts, rollout.group, past)
-                advantages = torch.stack([plain.double().where(counts, 0.0).sum(), counts.sum().double()])[None]
+                if self.baseline.decay is not None:
+                    advantages = torch.stack([plain.double().where(counts, 0.0).sum(), counts.sum().double()])[None]
             if (reach := self.correction.reach(log_ratio, mask)) is not None:
                 loss = loss * reach.state
                 local, cost, state_cost = local * reach.token, cost * reach.token, state_cost * reach.state

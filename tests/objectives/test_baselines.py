@@ -198,7 +198,8 @@ def test_what_is_remembered() -> None:
     both = terms(*laws, replace(batch, scale=(1.0, 1.0)), extras=Extras(past=torch.cat([past, past]))).advantages
     close(both, torch.cat([torch.zeros(1, 2, dtype=torch.float64), seen]), 1e-10)
     close(terms.remember(torch.cat([past, past]), both), both + torch.tensor([[0.0], [0.25]]) * past, 1e-10)
-    assert sampled(NoBaseline())(*laws, batch).advantages is None
+    for forgetful in (NoBaseline(), GroupMean()):
+        assert sampled(forgetful)(*laws, batch).advantages is None
 
 
 @pytest.mark.parametrize("baseline", [GroupMean(), BatchMean()], ids=repr)
