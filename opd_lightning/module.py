@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from opd_lightning import parallel
 from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
-from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, prove_head
+from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, likeliest, prove_head
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
 from opd_lightning.models.teachers import AdapterOffTeacher, StartTeacher, Teacher
@@ -96,6 +96,8 @@ class OPDModule(pl.LightningModule):
         self.clock = Clock()
         self.student: nn.Module | None = None
         self.critic: nn.Linear | None = None  # the value head of GAE
+        self.past: dict[int, torch.Tensor] = {}  # what the baselines of each objective remember: (terms, 2), all ranks
+        self._seen: list[float] = []  # and what this optimizer step has added so far
         self._trained_names: set[str] = set()
         self._checkpoint: dict[str, Any] | None = None
         self.strict_loading = False  # checkpoints leave the frozen base out; on_load_checkpoint checks what must be there
@@ -163,6 +165,10 @@ class OPDModule(pl.LightningModule):
     def _objectives(self) -> list[Objective]:
         return [self.objective, *(phase.objective for phase in self.phases)]
 
+    def _number(self, objective: Objective) -> int:
+        """Which of the run's objectives; -1 for a foreign one."""
+        return next((i for i, own in enumerate(self._objectives) if own is objective), -1)
+
     def _own_models(self) -> list[nn.Module]:
         return [own for model in self._frozen.values() if (own := model.own_model()) is not None]
 
@@ -216,6 +222,11 @@ class OPDModule(pl.LightningModule):
             with self.teacher.speaking(student) as model:
                 return sampler.write(model, ids, seeds, self.vocabulary, NOT_A_STUDENT, on_progress)
 
+    def top_ids(self, rollout: Rollout, k: int, rows: int) -> torch.Tensor:
+        """(B, T, k) the student's likeliest tokens as it is now; see `opd_lightning.models.distributions.likeliest`."""
+        with evaluating(self._student), parallel.whole_weights(self._student):
+            return likeliest(self._student, rollout.text, self.vocabulary.size, k, rows)
+
     def score(self, rollout: Rollout, objective: Objective, agreement_k: int = 0) -> ObjectiveOutput:
         """Both models' laws on a rollout, compared by an objective."""
 
@@ -228,8 +239,9 @@ class OPDModule(pl.LightningModule):
             values = None
             if self.critic is not None and objective.needs_critic:
                 values = self.critic(ours.hidden.detach().to(self.critic.weight.dtype)).squeeze(-1)
+            extras = Extras(third, values, self.progress, past=self.past.get(self._number(objective)))
             with self.clock.phase("heads and loss"):
-                return objective(ours, theirs, rollout, agreement_k, Extras(third, values, self.progress))
+                return objective(ours, theirs, rollout, agreement_k, extras)
 
         return parallel.run_inside(base_of(self._student), compare)
 
@@ -259,6 +271,9 @@ class OPDModule(pl.LightningModule):
         objective = self.objective_at(self.global_step)
         out = self.score(rollout, objective, self.agreement_k)
         loss = out.loss
+        if out.advantages is not None:
+            added = parallel.sum_over_ranks(out.advantages.flatten().tolist())
+            self._seen = [a + b for a, b in zip(self._seen or [0.0] * len(added), added, strict=True)]
         if self.critic is not None and not objective.needs_critic:  # DDP waits for every parameter
             loss = loss + 0.0 * (self.critic.weight.sum() + self.critic.bias.sum())
         return {"loss": loss, "output": out}
@@ -271,6 +286,11 @@ class OPDModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.clock.enter("optimizer")
+        if self._seen:  # all micro-batches of the step have been scored with what was remembered before it
+            objective = self.objective_at(self.global_step)
+            number, seen = self._number(objective), torch.tensor(self._seen, dtype=torch.float64).view(-1, 2)
+            self.past[number] = objective.remember(self.past.get(number), seen)
+            self._seen = []
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -301,10 +321,13 @@ class OPDModule(pl.LightningModule):
     # ---- checkpoints ---------------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what training changes: the frozen base of a LoRA student and the teacher are not in the file."""
+        checkpoint["past_advantages"] = {"past": self.past, "seen": self._seen}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self._trained_names}
         _optimizer_states_by_name(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint.get("past_advantages", {"past": {}, "seen": []})
+        self.past, self._seen = dict(kept["past"]), list(kept["seen"])
         if "state_dict" not in checkpoint:  # sharded strategies load the weights themselves
             return
         found = set(checkpoint["state_dict"])

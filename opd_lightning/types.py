@@ -61,7 +61,8 @@ class Completion:
 
 
 def _pad(rows: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
+    """The second dimension filled up with zeros."""
+    return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 2) + (0, width - rows.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class Rollout:
         scale: factors, one a term of the objective, that turn "sum over this micro-batch" into "mean over the optimizer
             step, all micro-batches, all ranks", whatever Lightning (accumulation) and DDP (averaging) divide by. Empty
             asks the objective to normalise by this batch alone.
+        group_size: rollouts of a prompt; rows are numbered prompt by prompt.
+        top_ids: (B, T, K) the student's likeliest tokens when the text was written, likeliest first; None if not recorded.
     """
 
     text: Rendering
@@ -138,6 +141,8 @@ class Rollout:
     ended: Tensor
     teacher_text: Rendering | None = None
     scale: tuple[float, ...] = ()
+    group_size: int = 1
+    top_ids: Tensor | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], completions: Sequence[Completion], pad_id: int) -> Rollout:
@@ -165,12 +170,15 @@ class Rollout:
         longest = max(p.text.ids.shape[1] for p in parts)
         recorded = [_pad(p.sampler_logprobs, longest - 1) for p in parts]
         teachers = [p.teacher_text for p in parts if p.teacher_text is not None]
+        top_ids = [_pad(p.top_ids, longest - 1) for p in parts if p.top_ids is not None]
         joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in ("row", "prompt_index", "policy_step", "ended")}
         return cls(
             text=Rendering.cat([p.text for p in parts]),
             sampler_logprobs=torch.cat(recorded),
             teacher_text=Rendering.cat(teachers) if teachers else None,
             scale=parts[0].scale,
+            group_size=parts[0].group_size,
+            top_ids=torch.cat(top_ids) if top_ids else None,
             **joined,
         )
 
@@ -181,6 +189,11 @@ class Rollout:
     def mask(self) -> Tensor:
         """(B, T) True where a completion token is scored."""
         return self.text.mask
+
+    @property
+    def group(self) -> Tensor:
+        """(B,) number of the group: the rollouts of one prompt, written together."""
+        return self.row // self.group_size
 
     @property
     def for_teacher(self) -> Rendering:
@@ -210,6 +223,8 @@ class Rollout:
             ended=self.ended[index],
             teacher_text=self.teacher_text.select(index) if self.teacher_text else None,
             scale=self.scale,
+            group_size=self.group_size,
+            top_ids=self.top_ids[index, : text.mask.shape[1]] if self.top_ids is not None else None,
         )
 
     def completion(self, b: int) -> list[int]:
@@ -270,8 +285,10 @@ class ObjectiveOutput:
         loss: scalar to minimise.
         token_loss: (B, T) detached contribution of each position before reduction.
         stats: detached measurements.
+        advantages: (terms, 2) sum and number of each term's advantages before its baseline, for baselines that remember.
     """
 
     loss: Tensor
     token_loss: Tensor
     stats: TokenStats
+    advantages: Tensor | None = None

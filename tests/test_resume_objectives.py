@@ -14,10 +14,14 @@ from opd_lightning.models import FrozenTeacher, LoRA
 from opd_lightning.module import OPDModule
 from opd_lightning.objectives import (
     GAE,
+    BatchMean,
     ForwardKL,
+    GroupMean,
     Interpolation,
+    NoBaseline,
     Objective,
     ReferenceLaw,
+    ReturnToGo,
     ReverseKL,
     SampledToken,
     Term,
@@ -45,11 +49,16 @@ def several() -> Objective:
     return Terms(terms)
 
 
+def baselines() -> Objective:
+    remembering = Objective(ReverseKL(), SampledToken(), ReturnToGo(), BatchMean(0.5))
+    return Terms([Term(Objective(ReverseKL(), SampledToken(), baseline=GroupMean())), Term(remembering, weight=0.5)])
+
+
 def build(root: Path, pair: tuple[Path, Path], make: Any, micro: int = 8, **keys: Any) -> tuple[OPDModule, Any, Any]:
     pl.seed_everything(3, verbose=False)
     module = tiny_module(pair, make(), **keys)
-    source = StudentSource() if make is critic else MixtureSource(StudentSource(), TeacherSource(), fraction=0.5)
-    rollout = RolloutRefresh(source, NativeSampler(max_new_tokens=6), seed=5)
+    source = MixtureSource(StudentSource(), TeacherSource(), fraction=0.5) if make is several else StudentSource()
+    rollout = RolloutRefresh(source, NativeSampler(max_new_tokens=6), rollouts_per_prompt=1 + (make is baselines), seed=5)
     return module, tiny_data(micro_batch_size=micro), tiny_trainer(root, [rollout, OPDCheckpoint(every_n_steps=1, keep=0)])
 
 
@@ -58,7 +67,7 @@ def everything(module: OPDModule) -> dict[str, torch.Tensor]:
     return weights(module) | head
 
 
-@pytest.mark.parametrize("make", [critic, several], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [critic, several, baselines], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("lora", [None, LoRA(r=4)], ids=["full", "lora"])
 def test_resumes_bit_for_bit(make: Any, lora: LoRA | None, pair: tuple[Path, Path], tmp_path: Path) -> None:
     module, data, trainer = build(tmp_path / "whole", pair, make, lora=lora)
@@ -71,7 +80,7 @@ def test_resumes_bit_for_bit(make: Any, lora: LoRA | None, pair: tuple[Path, Pat
         assert same(everything(again), expected)
 
 
-@pytest.mark.parametrize("make", [critic, several], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [critic, several, baselines], ids=lambda f: f.__name__)
 def test_micro_batches_change_nothing(make: Any, pair: tuple[Path, Path], tmp_path: Path) -> None:
     found = []
     for micro in (8, 2):
@@ -90,6 +99,27 @@ def test_a_critic_learns_and_is_in_the_checkpoint_but_not_in_the_student(pair: t
     assert torch.equal(state["critic.weight"], module.critic.weight)
     module.export(tmp_path / "student")
     FrozenTeacher(str(tmp_path / "student")).build(torch.nn.Identity())
+
+
+def test_what_a_baseline_remembers_is_in_the_checkpoint_and_used(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The token-weighted mean return of the steps before, older ones halved; without it other weights come out."""
+    module, data, trainer = build(tmp_path, pair, baselines)
+    trainer.fit(module, data)
+    before = torch.load(tmp_path / f"checkpoints/step-{STEPS - 1:06d}.ckpt", weights_only=True)["past_advantages"]
+    sums = module.past[0]
+    assert before["seen"] == [] and 0 < before["past"][0][1, 1] < sums[1, 1] < 2 * 8 * 6
+    assert sums[1, 0] / sums[1, 1] < -0.1  # minus what a completion still has to pay from one of its tokens on
+    blind, data, trainer = build(tmp_path / "blind", pair, baselines)
+    blind.objective.terms[1].objective.baseline = NoBaseline()
+    trainer.fit(blind, data)
+    assert not same(weights(module), weights(blind))
+
+
+def test_a_group_of_one_has_nobody_to_compare_with(pair: tuple[Path, Path]) -> None:
+    module = tiny_module(pair, baselines())
+    assert len(RolloutRefresh(rollouts_per_prompt=2).declare(module)) == 1
+    with pytest.raises(ValueError, match=r"rollout\.rollouts_per_prompt=1 .*BatchMean"):
+        RolloutRefresh().declare(module)
 
 
 def test_the_reference_stays_where_the_student_started(pair: tuple[Path, Path], tmp_path: Path) -> None:

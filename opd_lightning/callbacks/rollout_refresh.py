@@ -73,7 +73,7 @@ class RolloutRefresh(pl.Callback):
             )
         if trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             raise ValueError("RolloutRefresh owns the refresh: leave trainer.reload_dataloaders_every_n_epochs at 0")
-        plan = self._plan(trainer, data.batch_size, data.micro_batch_size)
+        plan = self._plan(trainer, data.batch_size, data.micro_batch_size, self._together(pl_module))
         trainer.accumulate_grad_batches = plan.accumulate
         if self.buffer is None or self.buffer.plan != plan:  # a second fit() keeps the buffer
             self.buffer = RolloutBuffer(plan, self.seed)
@@ -83,7 +83,12 @@ class RolloutRefresh(pl.Callback):
         for line in self.declare(pl_module):
             rank_zero_info(line)
 
-    def _plan(self, trainer: pl.Trainer, batch_size: int, micro_batch_size: int) -> Plan:
+    def _together(self, pl_module: Any) -> int:
+        """Rows that objectives compare with each other: those of a prompt, or each by itself."""
+        objectives = [pl_module.objective, *(phase.objective for phase in pl_module.phases)]
+        return self.rollouts_per_prompt if any(o.needs_groups for o in objectives) else 1
+
+    def _plan(self, trainer: pl.Trainer, batch_size: int, micro_batch_size: int, together: int = 1) -> Plan:
         world = trainer.world_size
         share, rest = divmod(batch_size, world)
         if rest:
@@ -99,12 +104,18 @@ class RolloutRefresh(pl.Callback):
                 f"rollout.rollouts_per_prompt={self.rollouts_per_prompt} must divide data.batch_size={batch_size}: the "
                 "rollouts of a prompt stay in one optimizer step"
             )
+        if share % together or micro % together:
+            raise ValueError(
+                f"GroupMean needs the {together} rollouts of a prompt (rollout.rollouts_per_prompt) in one micro-batch, but "
+                f"data.micro_batch_size={micro} of the {share} rollouts that each of {world} device(s) has of data.batch_size="
+                f"{batch_size} cuts them: make it a multiple of {together} (0 takes the whole share)"
+            )
         if trainer.accumulate_grad_batches not in (1, share // micro):
             raise ValueError(
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, but data.batch_size={batch_size}, "
                 f"data.micro_batch_size={micro} and {world} device(s) make {share // micro}: leave it out, it is derived"
             )
-        return Plan(batch_size, micro, self.every_n_steps, self.passes, trainer.global_rank, world)
+        return Plan(batch_size, micro, self.every_n_steps, self.passes, trainer.global_rank, world, together)
 
     def declare(self, pl_module: Any) -> list[str]:
         """What every phase descends, a line each, the run's own objective last. Needs neither trainer nor weights.
@@ -128,6 +139,11 @@ class RolloutRefresh(pl.Callback):
                 others_write=source.others_write,
                 steps_per_refresh=self.every_n_steps,
             )
+            if objective.needs_groups and self.rollouts_per_prompt < 2:
+                raise ValueError(
+                    "GroupMean compares the rollouts of a prompt, and rollout.rollouts_per_prompt=1 leaves nothing to compare "
+                    "with: make it at least 2, or take `baseline: BatchMean`"
+                )
             lines.append(f"{name} descends: {objective.declared_target}")
             if source.student_writes and objective.needs_teacher and self._sampling_differs(objective.temperature):
                 rank_zero_warn(
@@ -216,11 +232,16 @@ class RolloutRefresh(pl.Callback):
         first_step = refresh * self.every_n_steps
         started = time.perf_counter()
         writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "rollout")
+        objective = pl_module.objective_at(first_step)
         with pl_module.clock.phase("rollout", whole=True):
             completions = self.source_at(pl_module, first_step).produce(prompts, writers)
+            rollout = Rollout.of(prompts, completions, pl_module.vocabulary.pad_id)
+            rollout = replace(rollout, group_size=self.rollouts_per_prompt)
+            if k := min(objective.record_top_k, pl_module.vocabulary.size):
+                with trainer.precision_plugin.forward_context():
+                    rollout = replace(rollout, top_ids=pl_module.top_ids(rollout, k, plan.micro_batch_size))
         seconds = time.perf_counter() - started
-        rollout = Rollout.of(prompts, completions, pl_module.vocabulary.pad_id)
-        self.buffer.put(refresh, rollout, self._scales(rollout, pl_module.objective_at(first_step)))
+        self.buffer.put(refresh, rollout, self._scales(rollout, objective))
         self.pending = self._measure(rollout, seconds)
 
     def _scales(self, rollout: Rollout, objective: Objective) -> list[tuple[float, ...]]:

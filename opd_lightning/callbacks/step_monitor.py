@@ -73,7 +73,9 @@ class TrainMonitor(StepMonitor):
             "train/ratio_deviation": output.stats.values["ratio_deviation"],
             "train/staleness": age,
         }
-        return found | {f"train/{k}": output.stats.values[k] for k in ("reverse_kl", "k1", "k3") if k in output.stats.values}
+        return found | {
+            f"train/{k}": output.stats.values[k] for k in ("reverse_kl", "k1", "k3", "critic_loss") if k in output.stats.values
+        }
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Rollout, batch_idx: int) -> None:
         self._step = trainer.global_step

@@ -25,6 +25,7 @@ class Plan:
         steps: optimizer steps that use one refresh, all passes counted.
         passes: how often every rollout is used.
         rank, world: this process among all.
+        together: neighbouring rows that stay in one micro-batch.
     """
 
     batch_size: int
@@ -33,6 +34,7 @@ class Plan:
     passes: int
     rank: int
     world: int
+    together: int = 1
 
     @property
     def accumulate(self) -> int:
@@ -85,15 +87,15 @@ class RolloutBuffer:
         self.refresh, self.rollout, self.scales = refresh, rollout, scales
 
     def micro_batch(self, index: int) -> Rollout:
-        """Micro-batch ``index`` of the current refresh. Rows of a step are sorted by length, so that short ones are not
-        padded to long ones; the sum over the step does not depend on it.
+        """Micro-batch ``index`` of the current refresh. Rows of a step (or what stays together) are sorted by length, so that
+        short ones are not padded to long ones; the sum over the step does not depend on it.
         """
         assert self.rollout is not None
         plan, share = self.plan, self.plan.micro_batch_size * self.plan.accumulate
         step, i = divmod(index, plan.accumulate)
         chunk = self._order(step // plan.chunks)[step % plan.chunks]
-        rows = torch.arange(chunk * share, (chunk + 1) * share)
-        rows = rows[self.rollout.text.lengths[rows].argsort(stable=True)]
+        rows = torch.arange(chunk * share, (chunk + 1) * share).view(-1, plan.together)
+        rows = rows[self.rollout.text.lengths[rows].amax(-1).argsort(stable=True)].flatten()
         chosen = rows[i * plan.micro_batch_size : (i + 1) * plan.micro_batch_size]
         return replace(self.rollout.select(chosen), scale=self.scales[chunk])
 

@@ -24,7 +24,7 @@ from opd_lightning.inspect.oracle import TabularWorld, Writer, reverse_kl
 from opd_lightning.inspect.setups import Setup
 from opd_lightning.models import FrozenTeacher, Student
 from opd_lightning.module import OPDModule
-from opd_lightning.objectives import ClosedFormBaseline, Objective, ReverseKL, Terms, TopK
+from opd_lightning.objectives import ClosedFormBaseline, Objective, ReverseKL, SampledToken, Terms, TopK
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold
 from opd_lightning.sources import MixtureSource, Source
@@ -116,6 +116,8 @@ def _payload(objective: Objective) -> int | None:
     support, credit = objective.support, objective.credit
     if not support.needs_teacher:
         return 0
+    if isinstance(support, SampledToken) and support.k:  # everything happens among these
+        return 2 * support.k
     if isinstance(objective.baseline, ClosedFormBaseline) or objective.route.title or credit.analytic:
         return None
     if isinstance(support, TopK):
@@ -154,7 +156,10 @@ def _shrunk(objective: Objective, k: int) -> Objective:
         for term in small.terms:  # type: ignore[attr-defined]
             term.objective = _shrunk(term.objective, k)
     elif isinstance(objective.support, TopK):
-        small.support = TopK(min(k, objective.support.k), objective.support.by, objective.support.closure)
+        support = objective.support
+        small.support = TopK(min(k, support.k), support.by, support.closure, support.ids)
+    elif isinstance(objective.support, SampledToken):
+        small.support = SampledToken(min(k, objective.support.k))
     return small
 
 

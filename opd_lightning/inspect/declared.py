@@ -41,8 +41,8 @@ def local_of(world: TabularWorld, objective: Objective, reference: Tensor | None
     if not objective.shaper.title:
         value = textbook.between(objective, student.exp(), aim.exp(), world.teacher.softmax(-1))
         return Local(value, value.detach(), student, aim)
-    own = student.detach()
-    bent = [objective.shaper.shape(x, own, aim) for x in _signals(objective, own, aim)]
+    judged = [law.log() for law in textbook.seen(objective, student.detach().exp(), aim.exp())]
+    bent = [objective.shaper.shape(x, *judged) for x in _signals(objective, *judged)]
     value, cost = (-(student.exp() * x).sum(-1) for x in bent)
     return Local(value, cost.detach(), student, aim)
 
@@ -85,7 +85,7 @@ def gate_weights(world: TabularWorld, objective: Objective, local: Local) -> Ten
     return weights
 
 
-def refuse_without_closed_form(objective: Objective) -> None:
+def refuse_without_closed_form(objective: Objective, writer: Writer) -> None:
     """Raises:
     ValueError: for what declares a direction but no closed form.
     """
@@ -93,6 +93,7 @@ def refuse_without_closed_form(objective: Objective) -> None:
         (any(gate.depends_on != "state" for gate in objective.gates), "gates that look at drawn tokens"),
         (bool(bias_of_route(objective)), "routes that add a pull of their own"),
         (isinstance(objective.credit, LengthNormalised), "LengthNormalised"),
+        (bool(objective.support.record_top_k) and writer == "sampler", "the support of another student"),
         (isinstance(objective.reduction, SequenceMean) and _looks_further(objective), "this under SequenceMean"),
     ):
         if found:
@@ -112,8 +113,9 @@ def per_completion(world: TabularWorld, objective: Objective, local: Local, writ
     student = local.student
     advantage = sample_cost = torch.zeros_like(world.teacher)
     if sampled:
-        advantage = textbook.advantage(objective.divergence, student.exp(), local.aim.exp())
-        sample_cost = objective.divergence.value(student, local.aim).detach()  # which f stands for the cost is its choice
+        p, q = textbook.seen(objective, student.detach().exp(), local.aim.exp())
+        advantage = textbook.advantage(objective.divergence, p, q)
+        sample_cost = objective.divergence.value(p.log(), q.log())  # which f stands for the cost is its choice
     total = student.new_zeros(())
     for path in world.paths:
         steps = list(zip(path.states, path.tokens, strict=True))

@@ -162,13 +162,18 @@ class TabularWorld:
 
     # ---- estimators ----------------------------------------------------------------------------------------------------
     def rollout(self, path: Path, writer: Writer = "student") -> Rollout:
-        """The completion as a batch of one, with the writer's recorded log-probabilities, in float64."""
+        """The completion as a batch of one, with the writer's recorded log-probabilities, in float64. The student's likeliest
+        tokens when it was written are those of the third law if that one wrote it.
+        """
         law = self._table(writer).detach().log_softmax(-1)
         recorded = [float(law[s, v]) for s, v in zip(path.states, path.tokens, strict=True)]
         step = NOT_A_STUDENT if writer == "teacher" else 0
         prompt = Prompt(index=0, text="", ids=(PROMPT_TOKEN,))
         rollout = Rollout.of([prompt], [Completion(path.tokens, tuple(recorded), path.ended, step)], pad_id=PROMPT_TOKEN)
-        return replace(rollout, sampler_logprobs=torch.tensor([recorded], dtype=torch.float64), scale=(1.0,))
+        then = self._table("sampler" if writer == "sampler" else "student").detach()
+        ranked = then[list(path.states)].sort(-1, descending=True).indices[None]
+        recorded_at = torch.tensor([recorded], dtype=torch.float64)
+        return replace(rollout, sampler_logprobs=recorded_at, scale=(1.0,), top_ids=ranked)
 
     def moments(self, loss: Callable[[Rollout, TableLaws, TableLaws], Tensor], writer: Writer = "student") -> Moments:
         """Exact mean and covariance trace of the gradient of ``loss(rollout, student, teacher)`` over all completions."""
@@ -189,6 +194,7 @@ class TabularWorld:
         reference: Tensor | None = None,
         critic: Tensor | None = None,
         progress: float = 0.0,
+        ahead: Tensor | None = None,
     ) -> Tensor:
         """(paths, S, V) gradient of an objective on every completion, summed over the completion's (weighted) tokens.
 
@@ -200,14 +206,16 @@ class TabularWorld:
             reference: (S, V) logits of the reference, for targets that need it.
             critic: (S,) predictions, for `GAE`.
             progress: share of the run that is done.
+            ahead: (S, V) cost of what follows every token (see `behind`), for look-ahead routes.
         """
         parts = [self.rollout(path, writer) for path in self.paths]
-        batch = replace(Rollout.cat(parts), scale=(1.0,) * len(objective.flat()))
+        batch = replace(Rollout.cat(parts), row=torch.arange(len(parts)), scale=(1.0,) * len(objective.flat()))
         states = torch.tensor([s for path in self.paths for s in path.states])
         owner = torch.tensor([i for i, path in enumerate(self.paths) for _ in path.states])
         rows = self.student.detach()[states].requires_grad_(True)
         third = TableLaws(reference.double()[states]) if reference is not None else None
-        extras = Extras(third, critic[states] if critic is not None else None, progress)
+        values, later = (table[states] if table is not None else None for table in (critic, ahead))
+        extras = Extras(third, values, progress, later)
         loss = objective(TableLaws(rows), TableLaws(self.teacher[states]), batch, extras=extras).loss
         (gradient,) = torch.autograd.grad(loss, rows)
         per_path = torch.zeros(len(self.paths), *self.teacher.shape, dtype=torch.float64)
@@ -221,9 +229,11 @@ class TabularWorld:
         reference: Tensor | None = None,
         critic: Tensor | None = None,
         progress: float = 0.0,
+        ahead: Tensor | None = None,
     ) -> Moments:
         """Moments of an objective of the package: the same as `moments`, in one pass (arguments: `gradients_of`)."""
-        per_path = self.gradients_of(objective, writer, reference=reference, critic=critic, progress=progress)
+        given = {"reference": reference, "critic": critic, "ahead": ahead}
+        per_path = self.gradients_of(objective, writer, progress=progress, **given)
         weights = torch.tensor([path.probability(writer) for path in self.paths], dtype=torch.float64)
         mean = (weights[:, None, None] * per_path).sum(0)
         second = (weights * per_path.square().sum((1, 2))).sum()
@@ -264,13 +274,13 @@ class TabularWorld:
 
     def expected(self, values: Tensor) -> Tensor:
         """(S,) mean of a value per state over the student's next states; 0 where nothing follows."""
-        law = self.student.softmax(-1)
-        sums: list[list[Tensor]] = [[] for _ in self.states]
-        for prefix, i in self._number.items():
-            if prefix:
-                parent = self._number[prefix[:-1]]
-                sums[parent].append(law[parent, prefix[-1]] * values[i])
-        return torch.stack([sum(found, values.new_zeros(())) for found in sums])
+        return (self.student.softmax(-1) * self.behind(values)).sum(-1)
+
+    def behind(self, values: Tensor) -> Tensor:
+        """(S, V) the value of the state that every token leads to; 0 where nothing follows."""
+        places = [self._number[prefix[:-1]] * self.vocab + prefix[-1] for prefix in self.states[1:]]
+        out = values.new_zeros(len(self.states) * self.vocab)
+        return out.index_copy(0, torch.tensor(places, dtype=torch.long), values[1:]).view(-1, self.vocab)
 
     def gradient(self, divergence: StateDivergence, gamma: float, writer: Writer = "student") -> Tensor:
         """(S, V) gradient of the target of a credit.
@@ -308,7 +318,7 @@ class TabularWorld:
         Raises:
             ValueError: for compositions that name no closed form (gates on drawn tokens, unbalanced routes).
         """
-        declared.refuse_without_closed_form(objective)
+        declared.refuse_without_closed_form(objective, writer)
         local = declared.local_of(self, objective, reference, progress)
         if isinstance(objective.reduction, SequenceMean):
             return declared.per_completion(self, objective, local, writer)
@@ -318,11 +328,7 @@ class TabularWorld:
     def _field(self, local: Tensor, after: Tensor | None, writer: Writer, weights: Tensor | None = None) -> Tensor:
         """Gradient of every state's own divergence plus what its tokens answer for, on the writer's states."""
         if after is not None:
-            costs = torch.zeros_like(self.teacher)
-            for prefix, i in self._number.items():
-                if prefix:
-                    costs[self._number[prefix[:-1]], prefix[-1]] = after[i].detach()
-            local = local + (self.student.softmax(-1) * costs).sum(-1)
+            local = local + self.expected(after.detach())
         visits = self.visitation(writer).detach() * (1.0 if weights is None else weights)
         (gradient,) = torch.autograd.grad((visits * local).sum(), self.student)
         return gradient

@@ -27,6 +27,7 @@ from opd_lightning.objectives import (
     PearsonChi2,
     Renyi,
     ReverseKL,
+    SampledToken,
     SkewForwardKL,
     SkewReverseKL,
     ToDi,
@@ -131,6 +132,16 @@ def _inside(support: TopK, p: Tensor, q: Tensor) -> Tensor:
     return {"student": ours, "teacher": theirs, "union": ours | theirs, "intersection": ours & theirs}[support.by]
 
 
+def seen(objective: Objective, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities that every token is judged by: its own, or those of the tail that it lies in."""
+    support = objective.support
+    if not (isinstance(support, SampledToken) and support.k):
+        return p, q
+    inside = _inside(TopK(support.k, "union"), p, q)
+    whole = [(law * ~inside).sum(-1, keepdim=True).clamp(min=NOTHING).expand_as(law) for law in (p, q)]
+    return p.where(inside, whole[0]), q.where(inside, whole[1])
+
+
 def state_divergence(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]:
     """What an objective compares at one state: a function of log-probabilities (S, V) of student and teacher."""
 
@@ -144,6 +155,8 @@ def state_divergence(objective: Objective) -> Callable[[Tensor, Tensor], Tensor]
 def between(objective: Objective, p: Tensor, q: Tensor, text: Tensor) -> Tensor:
     """The same of two laws that are compared as they are; ``text`` is the law that a written token was drawn from."""
     divergence, support = objective.divergence, objective.support
+    if isinstance(support, SampledToken) and support.k:
+        support = TopK(support.k, "union", "tail")
     if isinstance(support, FullVocab) or support.sampled:
         return total(divergence, p, q)
     if isinstance(support, WrittenToken):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 METRICS: dict[str, str] = {
     "train/loss": "Objective value, divided as the reduction says. A monitor, not a potential: for gamma < 1 it need not fall.",
+    "train/critic_loss": "Half the squared error of GAE's critic, squared nats per token. Descended beside train/loss, not in "
+    "it.",
     "train/reverse_kl": "KL(student ‖ teacher), nats per token over the full vocabulary, on the rollouts trained on. Falls.",
     "train/k1": "One-sample estimate of the reverse KL on the drawn tokens, signed. Equal to train/reverse_kl but for noise "
     "while the text is the student's own; a lasting difference says that it is not.",

@@ -1,6 +1,6 @@
 """Objectives: from the scores of a rollout to a loss. One axis, one module; one choice, one class."""
 
-from opd_lightning.objectives.baselines import Baseline, ClosedFormBaseline, NoBaseline, TopKBaseline
+from opd_lightning.objectives.baselines import Baseline, BatchMean, ClosedFormBaseline, GroupMean, NoBaseline, TopKBaseline
 from opd_lightning.objectives.corrections import (
     Correction,
     ICEPop,
@@ -79,6 +79,7 @@ __all__ = [
     "AdaptiveKL",
     "Amari",
     "Baseline",
+    "BatchMean",
     "Clip",
     "ClosedFormBaseline",
     "Constant",
@@ -100,6 +101,7 @@ __all__ = [
     "Gate",
     "GeneralizedJSD",
     "GeometricBridge",
+    "GroupMean",
     "Hellinger",
     "ICEPop",
     "Immediate",

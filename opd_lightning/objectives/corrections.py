@@ -46,7 +46,7 @@ class Correction(Configurable, ABC):
 
     Attributes:
         title: what `declared_target` prints.
-        bias: what it leaves uncorrected when the rollouts are not the student's own.
+        bias: what it leaves uncorrected when the rollouts are not the student's own; empty if nothing.
     """
 
     title: str
@@ -190,7 +190,7 @@ class PrefixProduct(Correction):
             raise ValueError(f"PrefixProduct(cap={cap}): must be at least 0 (0 leaves the product free)")
         self.cap = cap
         self.title = "product of the ratios of the prefix" + (f", at most {cap:g}" if cap else "")
-        self.bias = "products beyond the cap are cut" if cap else "none"
+        self.bias = "products beyond the cap are cut" if cap else ""
 
     def weight(self, log_ratio: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
         return torch.ones_like(log_ratio)

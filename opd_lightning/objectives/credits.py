@@ -134,25 +134,28 @@ class TotalReturn(Credit):
 
 
 class KStep(Credit):
-    """A token answers for the k - 1 tokens after it, with the exact divergence of their states (the K-step return of KETCHUP,
-    arXiv 2504.19024, with an analytic tail).
+    """``A_t = r_t - sum_{j=1}^{k-1} gamma^j D(s_{t+j})``: a token answers for the k - 1 tokens after it, with the exact
+    divergence of their states (the K-step return of KETCHUP, arXiv 2504.19024, with an analytic tail).
+
+    With k = 1, or gamma = 0, the sum is empty: `Immediate`.
 
     Args:
-        k: tokens that count, the token itself included; at least 1. 1 is `Immediate`.
+        k: tokens that count, the token itself included; at least 1.
         gamma: discount per token, in [0, 1].
 
     Raises:
         ValueError: for k < 1 or gamma outside [0, 1].
     """
 
-    analytic = True
-
     def __init__(self, k: int, gamma: float = 1.0) -> None:
         if k < 1:
             raise ValueError(f"KStep(k={k}): k must be at least 1 (1 is immediate credit)")
-        self.k, self.gamma = k, _discount("KStep", gamma) if k > 1 else 0.0
-        self.title = f"{k} steps" + (f", gamma={gamma:g}" if gamma < 1 else "") + _exactly(True)
-        self.bias = f"costs more than {k - 1} tokens later are left out" if k > 1 else ""
+        gamma = _discount("KStep", gamma)
+        self.k, self.gamma = (k, gamma) if k > 1 and gamma > 0.0 else (1, 0.0)
+        self.analytic, self.title = self.k > 1, Immediate.title
+        if self.k > 1:
+            self.title = f"{k} steps" + (f", gamma={gamma:g}" if gamma < 1 else "") + _exactly(True)
+            self.bias = f"costs more than {k - 1} tokens later are left out" + (", nearer ones discounted" if gamma < 1 else "")
 
     @property
     def level(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from opd_lightning.objectives.baselines import RolloutMean
 from opd_lightning.objectives.corrections import NoCorrection, PrefixProduct, TokenRatio
 from opd_lightning.objectives.credits import GAE, TotalReturn
 from opd_lightning.objectives.divergences import Divergence, ForwardKL, ReverseKL
@@ -184,12 +185,19 @@ def _of_route(objective: Objective) -> Defect | None:
             "c_v = p_v (log q_v - log p_v + KL)_+ / sum",
             "divergence: ReverseKL",
         )
-    if not (objective.baseline.present or isinstance(objective.credit, GAE)):
+    if isinstance(objective.baseline, RolloutMean) or not (objective.baseline.present or isinstance(objective.credit, GAE)):
         return Defect(
-            "without a baseline a negative signal only says that the student likes a token more than the teacher does, not "
-            "that less of it helps: about one routed step in ten then raises the divergence",
+            "without a baseline of its own state a negative signal only says that the student likes a token more than the "
+            "teacher does, not that less of it helps: about one routed step in ten then raises the divergence",
             "dKL/dz_a = p_a (log p_a - log q_a - KL): its sign is that of - (r_a + KL), not that of - r_a",
             "baseline: ClosedFormBaseline",
+        )
+    bare = objective.route.needs_ahead or getattr(objective.route, "space", "logit") == "probability"
+    if bare and getattr(objective.support, "k", 0):
+        return Defect(
+            "look-ahead and probability-space routes name single tokens, and a tail entry stands for many",
+            "p_a c_v / p_v moves the mass of one token; Q(s, tail) is no number",
+            "support: SampledToken (k: 0), or destination: canonical with space: logit",
         )
     return None
 
@@ -224,6 +232,13 @@ def refuse_unfit_part(objective: Objective, student_writes: bool, others_write: 
             f"NoCorrection takes every token for the student's own, but a refresh serves {steps_per_refresh} optimizer steps",
             "E_{y ~ old p} A grad log p(y) != E_{y ~ p} A grad log p(y)",
             "correction: TokenRatio (or PPOClip, TruncatedRatio), or rollout.every_n_steps: 1",
+        )
+    elif objective.route.needs_ahead:
+        problem = Defect(
+            "a look-ahead route needs what follows every candidate token: one more step of both models a candidate, which a "
+            "run does not take (enumerable worlds do: see opd_lightning.inspect.oracle)",
+            "c_v = p_v (Q(s, v) - V(s))_+ / sum",
+            "route.destination: canonical",
         )
     if problem is not None:
         raise DegenerateObjective(str(problem))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opd_lightning.configurable import Configurable
-from opd_lightning.objectives.baselines import Baseline, NoBaseline
+from opd_lightning.objectives.baselines import Baseline, NoBaseline, RolloutMean
 from opd_lightning.objectives.corrections import Correction, TokenRatio
 from opd_lightning.objectives.credits import GAE, Credit, Immediate, Signals
 from opd_lightning.objectives.divergences import Divergence
@@ -26,6 +28,20 @@ from opd_lightning.types import ObjectiveOutput, Rollout, TokenLaws, TokenStats
 
 LARGEST_COST = 1e4
 """What a critic is asked to predict at most, in nats: its squared error must stay finite in float32."""
+
+
+class TokenLosses(NamedTuple):
+    """What the tokens of a micro-batch contribute.
+
+    Attributes:
+        loss: (B, T) before reduction.
+        critic: (B, T) squared error of the critic; None without one.
+        advantages: (1, 2) their sum and number before the baseline, detached; None where no baseline remembers them.
+    """
+
+    loss: Tensor
+    critic: Tensor | None
+    advantages: Tensor | None
 
 
 class Objective(Configurable):
@@ -102,6 +118,16 @@ class Objective(Configurable):
         return self.credit.critic
 
     @property
+    def needs_groups(self) -> bool:
+        """Whether the rollouts of a prompt must lie in one micro-batch."""
+        return self.baseline.needs_groups
+
+    @property
+    def record_top_k(self) -> int:
+        """How many of the student's likeliest tokens must be recorded with every token that is written."""
+        return max(part.support.record_top_k for part, _ in self.flat())
+
+    @property
     def needs_sampler(self) -> bool:
         """Whether the drawn token enters as a policy gradient, with its recorded sampler log-probability."""
         return self.support.sampled or self.credit.gamma > 0.0
@@ -113,6 +139,13 @@ class Objective(Configurable):
     def flat(self) -> list[tuple[Objective, str]]:
         """The objectives that it is a sum of, with whose completions they learn from: ``all``, ``student`` or ``others``."""
         return [(self, "all")]
+
+    def remember(self, past: Float[Tensor, "K 2"] | None, seen: Float[Tensor, "K 2"]) -> Float[Tensor, "K 2"]:
+        """What baselines keep after an optimizer step in which ``seen`` was added: one row a term."""
+        if past is None:
+            return seen
+        decays = [part.baseline.decay or 0.0 for part, _ in self.flat()]
+        return torch.tensor(decays, dtype=past.dtype)[:, None] * past + seen
 
     def __call__(
         self,
@@ -130,7 +163,7 @@ class Objective(Configurable):
             teacher: the same for the teacher, without gradient; None if `needs_teacher` is False.
             rollout: the micro-batch.
             agreement_k: size of the top-k sets compared for the agreement statistics; 0 leaves them out.
-            extras: reference laws, critic and progress, where an axis needs them.
+            extras: what some axes need beside the two models.
             rows: rollouts that count; None counts all.
 
         Raises:
@@ -139,8 +172,9 @@ class Objective(Configurable):
         self.check(rollout, rows)
         tokens = rollout.text.targets[rollout.mask]
         expected = self.expected_gradient(rollout, rows)
+        extras = self.recorded(rollout, extras)
         parts, stats = measure([self], student, teacher, tokens, agreement_k, extras, [expected])
-        return self.conclude(parts[0], stats, rollout, rows, student.vocab, extras.critic)
+        return self.conclude(parts[0], stats, rollout, rows, student.vocab, extras)
 
     def check(self, rollout: Rollout, rows: Bool[Tensor, " B"] | None = None) -> None:
         """Refuse a rollout that lacks what this objective needs.
@@ -154,6 +188,21 @@ class Objective(Configurable):
                 "was sampled, and some rows do not know it (completions from a data set). Use `rollout.source: "
                 "StudentSource`, or an exact support (FullVocab, TopK) with credit Immediate."
             )
+
+    def recorded(self, rollout: Rollout, extras: Extras) -> Extras:
+        """The same with what was recorded when the text was written.
+
+        Raises:
+            ValueError: if an objective stands on it and it is not there.
+        """
+        if not self.record_top_k:
+            return extras
+        if rollout.top_ids is None:
+            raise ValueError(
+                "TopK(ids='sampling') needs the student's likeliest tokens recorded with the rollout, as RolloutRefresh does; "
+                "for rollouts from elsewhere use support.ids: scoring"
+            )
+        return replace(extras, top_ids=rollout.top_ids[rollout.mask])
 
     def expected_gradient(self, rollout: Rollout, rows: Bool[Tensor, " B"] | None = None) -> Float[Tensor, " N"] | None:
         """What the loss will give to each token's divergence, where that follows from the reduction alone."""
@@ -174,7 +223,7 @@ class Objective(Configurable):
         rollout: Rollout,
         rows: Bool[Tensor, " B"] | None,
         vocab: int,
-        critic: Float[Tensor, " N"] | None,
+        extras: Extras,
     ) -> ObjectiveOutput:
         """The loss, from what `measure` has left of the vocabulary.
 
@@ -184,27 +233,33 @@ class Objective(Configurable):
             rollout: the micro-batch.
             rows: rollouts that count; None counts all.
             vocab: entries of the vocabulary.
-            critic: see `Extras`.
+            extras: the critic's predictions, and one row of what is remembered.
         """
         sampler = rollout.sampler_logprobs[rollout.mask]
         drawn = parts.logprob.detach()
         stats = {**stats, "ratio_deviation": ((drawn - sampler).exp() - 1.0).abs()}
         sampler = sampler.where(~sampler.isnan(), drawn.to(sampler.dtype))  # rows that do not count
-        token_loss = self._token_loss(parts, sampler, rollout, vocab, critic).where(_counts(rollout, rows), 0.0)
+        counts = _counts(rollout, rows)
+        found = self._token_losses(parts, sampler, rollout, vocab, extras, counts)
+        total = token_loss = found.loss.where(counts, 0.0)
+        if found.critic is not None:
+            stats["critic_loss"] = found.critic.detach()[rollout.mask]
+            total = total + found.critic.where(counts, 0.0)
         position = (rollout.mask.cumsum(-1) - 1)[rollout.mask]
-        loss = (token_loss * self._weights(rollout, rows, token_loss.dtype)).sum()
-        return ObjectiveOutput(loss, token_loss.detach(), TokenStats(position, stats))
+        loss = (total * self._weights(rollout, rows, total.dtype)).sum()
+        return ObjectiveOutput(loss, token_loss.detach(), TokenStats(position, stats), found.advantages)
 
-    def _token_loss(
+    def _token_losses(
         self,
         parts: Parts,
         sampler: Float[Tensor, " N"],
         rollout: Rollout,
         vocab: int,
-        critic: Float[Tensor, " N"] | None,
-    ) -> Float[Tensor, "B T"]:
+        extras: Extras,
+        counts: Bool[Tensor, "B T"],
+    ) -> TokenLosses:
         mask, found = rollout.mask, parts.detached
-        critic = critic if self.credit.critic else None
+        critic, advantages = extras.critic if self.credit.critic else None, None
 
         def spread(flat: Tensor) -> Tensor:
             return unflatten_completions(flat, mask)
@@ -218,6 +273,12 @@ class Objective(Configurable):
             cost, state_cost = spread(found["cost"]), spread(found["state_cost"])
             log_ratio = spread(parts.logprob.detach() - sampler.to(logprob.dtype))
             local = spread(found["reward"])
+            if isinstance(self.baseline, RolloutMean):
+                plain = self.credit.advantage(Signals(local, cost, state_cost, mask, values))
+                past = extras.past[0] if extras.past is not None else None
+                local = local - self.baseline.over(plain, counts, rollout.group, past)
+                if self.baseline.decay is not None:
+                    advantages = torch.stack([plain.double().where(counts, 0.0).sum(), counts.sum().double()])[None]
             if (reach := self.correction.reach(log_ratio, mask)) is not None:
                 loss = loss * reach.state
                 local, cost, state_cost = local * reach.token, cost * reach.token, state_cost * reach.state
@@ -237,11 +298,12 @@ class Objective(Configurable):
             view = View(mask, rollout.text.targets.where(mask, 0), *on_token, **seen, advantage=advantage, vocab=vocab)
             for gate in self.gates:
                 loss = loss * gate.weight(view).where(mask, 0.0)
+        error = None
         if critic is not None:
             assert isinstance(self.credit, GAE)
             goal = -self.credit.future_cost(spread(found["state_cost"]), mask).clamp(max=LARGEST_COST)
-            loss = loss + 0.5 * (spread(critic.to(loss.dtype)) - goal).square()
-        return loss
+            error = 0.5 * (spread(critic.to(loss.dtype)) - goal).square()
+        return TokenLosses(loss, error, advantages)
 
 
 def _counts(rollout: Rollout, rows: Tensor | None) -> Bool[Tensor, "B T"]:

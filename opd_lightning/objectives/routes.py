@@ -10,6 +10,13 @@ with the strength w, a gate g of the state, and k = 1, or 1 - w g where balanced
 ``c_v = p_v (A_v)_+ / sum`` over all tokens and a closed-form baseline the negative events alone add up to the exact gradient of
 the token-level reverse KL, so the balanced form is unbiased for every w.
 
+Where the sampled token is judged in a coarsening of the vocabulary (`SampledToken(k)`), so is the route, and its theorems hold
+there: the tail entry may receive canonical mass, but is no alternative that anybody chose.
+
+In probability space (natural routing) a suppressed token's mass goes to the destinations and nowhere else::
+
+    ascent direction for A < 0:   |A| (p_a c_v / p_v - e_a),   so that to first order p changes by |A| p_a (c - e_a)
+
 Counterfactual routing is a direction named by arXiv 2606.22793, which gives no formula and no experiment; this form is derived.
 """
 
@@ -19,22 +26,25 @@ from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from opd_lightning.configurable import Configurable
+from opd_lightning.objectives.supports import World
 from opd_lightning.ops import logprobs as lp
 
 __all__ = ["CounterfactualRoute", "Route", "Vanilla"]
 
-Destination = Literal["canonical", "geometric"]
+Destination = Literal["canonical", "geometric", "lookahead"]
+Space = Literal["logit", "probability"]
 
 
 class Routed(NamedTuple):
     """What a route needs of the vocabulary, per token.
 
     Attributes:
-        log_destination: (N,) ``sum_v c_v log p_v``, differentiated through p alone.
+        log_destination: (N,) ``sum_v c_v log p_v``, differentiated through p alone; in probability space with the weights
+            whose gradient is ``p_a c_v / p_v - p_v``, up to what is equal for all v.
         share: (N,) detached ``w g``: how much of a suppressed token's mass is routed; 0 falls back to the plain gradient.
     """
 
@@ -49,15 +59,19 @@ class Route(Configurable, ABC):
         title: what `declared_target` prints; empty for the plain gradient.
         bias: what separates it from the gradient of the divergence; empty if nothing.
         balanced: positive events are weakened by as much as negative ones are routed.
+        strength: w, how much of a suppressed token's mass is routed at most; 0 is the plain gradient.
+        needs_ahead: it must know what follows every token of the vocabulary (see `Extras.ahead`).
     """
 
     title: str = ""
     bias: str = ""
     balanced: bool = False
+    strength: float = 0.0
+    needs_ahead: bool = False
 
     @abstractmethod
-    def score(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> Routed | None:
-        """Destinations at every token, or None for the plain gradient."""
+    def score(self, world: World, ahead: Float[Tensor, "N V"] | None = None) -> Routed | None:
+        """Destinations at every token, or None for the plain gradient; ``ahead`` is what reaching each entry will cost."""
 
     def surrogate(self, advantage: Tensor, logprob: Tensor, log_destination: Tensor, share: Tensor) -> Float[Tensor, "B T"]:
         """What is ascended: ``k A log p(a)``, plus ``w g |A| sum_v c_v log p_v`` for negative advantages. Detached but for
@@ -71,7 +85,7 @@ class Route(Configurable, ABC):
 class Vanilla(Route):
     """The plain policy gradient: the soft-max decides."""
 
-    def score(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> Routed | None:
+    def score(self, world: World, ahead: Tensor | None = None) -> Routed | None:
         return None
 
 
@@ -81,14 +95,18 @@ class CounterfactualRoute(Route):
     Args:
         destination: ``canonical``: ``p_v (A_v)_+`` with the reverse-KL advantage ``A_v = log q_v - log p_v + KL``;
             ``geometric``: ``p_v^(1 - alpha) q_v^alpha`` on the tokens with ``log q_v > log p_v + margin`` that are
-            reachable, the drawn one left out.
+            reachable, the drawn one and the tail left out; ``lookahead``: canonical with ``A_v = Q(s, v) - V(s)``, what follows
+            a token counted in, for credits that look further than the token.
         strength: w, in [0, 1]; 0 is the plain gradient.
-        balanced: weaken positive events by as much as negative ones are routed. With ``canonical`` it is unbiased.
+        balanced: weaken positive events by as much as negative ones are routed. With ``canonical`` it is unbiased, with
+            ``lookahead`` where the advantages are exact too.
         alpha: share of the teacher in the geometric destination, in [0, 1].
         margin: nats by which the teacher must prefer a token, at least 0 (geometric).
-        max_ratio: reachable means ``q_v <= max_ratio p_v``, at least 1 (geometric).
+        max_ratio: reachable means ``q_v <= max_ratio p_v``, at least 1 (geometric). In probability space for all
+            destinations, and the gate closes where some ``c_v > max_ratio p_v``: nobody can be moved to what is not there.
         min_support: the gate closes where the teacher gives all destinations together less than this, in [0, 1).
         max_teacher_entropy: the gate closes above it, in nats; null leaves it open.
+        space: ``logit`` adds the destinations to the plain gradient; ``probability`` moves mass to them alone.
 
     Raises:
         ValueError: for arguments outside these ranges.
@@ -104,40 +122,70 @@ class CounterfactualRoute(Route):
         max_ratio: float = 50.0,
         min_support: float = 0.0,
         max_teacher_entropy: float | None = None,
+        space: Space = "logit",
     ) -> None:
-        if destination not in get_args(Destination):
-            raise ValueError(f"CounterfactualRoute(destination={destination!r}): allowed are canonical and geometric")
+        for key, choice, allowed in (("destination", destination, Destination), ("space", space, Space)):
+            if choice not in get_args(allowed):
+                raise ValueError(f"CounterfactualRoute({key}={choice!r}): allowed are {', '.join(get_args(allowed))}")
         for key, value in (("strength", strength), ("alpha", alpha), ("min_support", min_support)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"CounterfactualRoute({key}={value}): must lie in [0, 1]")
         if margin < 0.0 or max_ratio < 1.0:
             raise ValueError(f"CounterfactualRoute(margin={margin}, max_ratio={max_ratio}): at least 0, and at least 1")
-        self.destination, self.strength, self.balanced, self.alpha = destination, strength, balanced, alpha
-        self.margin, self.max_ratio = margin, max_ratio
+        self.destination, self.space, self.strength, self.balanced = destination, space, strength, balanced
+        self.alpha, self.margin, self.max_ratio = alpha, margin, max_ratio
         self.min_support, self.max_teacher_entropy = min_support, max_teacher_entropy
+        self.needs_ahead = destination == "lookahead"
         self.title = f"{'balanced ' if balanced else ''}{destination} route, strength {strength:g}"
-        if strength and not (balanced and destination == "canonical"):
+        if space == "probability":
+            self.title += ", in probability space"
+        if strength and not (balanced and destination != "geometric" and space == "logit"):
             self.bias = "routing adds a pull towards its destinations, which vanishes where student and teacher agree"
+        elif strength and destination == "lookahead":
+            self.bias = "balanced only as far as advantages and look-ahead are the exact ones"
 
-    def score(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> Routed:
+    def score(self, world: World, ahead: Tensor | None = None) -> Routed:
         with torch.no_grad():
-            target, share = self._destinations(student, teacher, tokens)
-        return Routed((target * student).sum(-1), share)
+            weights, share = self._weights(world, ahead)
+        return Routed((weights * world.student).sum(-1), share)
 
-    def _destinations(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        gap = teacher - student
-        if self.destination == "canonical":
-            kl = -(student.exp() * gap).sum(-1, keepdim=True)
-            support = gap + kl > 0
-            size = student.exp() * (gap + kl).clamp(min=0.0)
-        else:
-            reachable = gap <= torch.as_tensor(self.max_ratio, dtype=gap.dtype).log()
-            support = (gap > self.margin) & reachable
-            support = support.scatter(-1, tokens[:, None], value=False)
-            size = ((1.0 - self.alpha) * student + self.alpha * teacher).exp() * support
+    def _weights(self, world: World, ahead: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(N, J) what multiplies the log-probabilities, and (N,) the share."""
+        student, teacher, tokens, _ = world
+        relative, support = self._relative(world, ahead)
+        size = student.exp() * relative
         total = size.sum(-1, keepdim=True)
         open_ = (total.squeeze(-1) > 0) & ((teacher.exp() * support).sum(-1) >= self.min_support)
         if self.max_teacher_entropy is not None:
             open_ &= lp.entropy(teacher) <= self.max_teacher_entropy
-        target = size / total.clamp(min=torch.finfo(size.dtype).tiny)
-        return target, self.strength * open_.to(student.dtype)
+        total = total.clamp(min=torch.finfo(size.dtype).tiny)
+        if self.space == "logit":
+            return size / total, self.strength * open_.to(size.dtype)
+        steepest = relative / total  # c_v / p_v
+        open_ &= steepest.amax(-1) <= torch.as_tensor(self.max_ratio, dtype=size.dtype)
+        moved = student.gather(-1, tokens[:, None]).exp() * steepest.where(open_[:, None], 0.0)
+        weights = moved - (moved.sum(-1, keepdim=True) - 1.0) / moved.shape[-1]  # sum to 1, as c does
+        return weights, self.strength * open_.to(size.dtype)
+
+    def _relative(self, world: World, ahead: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(N, J) destinations over p, before they are normalised, and where they are not 0."""
+        student, teacher, tokens, tail = world
+        gap = teacher - student
+        reachable = gap <= torch.as_tensor(self.max_ratio, dtype=gap.dtype).log()
+        if self.destination == "geometric":
+            support = (gap > self.margin) & reachable
+            support = support.scatter(-1, tokens[:, None], value=False)
+            if tail:
+                support[:, -1] = False
+            return (self.alpha * gap).exp().where(support, 0.0), support
+        value = gap
+        if self.needs_ahead:
+            if ahead is None:
+                raise ValueError(
+                    "CounterfactualRoute(destination='lookahead') needs what follows every token (Extras.ahead), which only "
+                    "enumerable worlds know: use `destination: canonical`"
+                )
+            value = gap - ahead.to(gap.dtype)
+        gain = value - (student.exp() * value).sum(-1, keepdim=True)
+        support = gain > 0 if self.space == "logit" else (gain > 0) & reachable
+        return gain.where(support, 0.0), support

@@ -16,7 +16,7 @@ from opd_lightning.objectives.divergences import Divergence
 from opd_lightning.objectives.gates import Gate
 from opd_lightning.objectives.routes import Route, Vanilla
 from opd_lightning.objectives.shapers import Shaper
-from opd_lightning.objectives.supports import FullVocab, Scores, Support
+from opd_lightning.objectives.supports import FullVocab, Scores, Support, World
 from opd_lightning.objectives.targets import Target, TeacherLaw
 from opd_lightning.ops import logprobs as lp
 from opd_lightning.ops.agreement import agreement
@@ -55,11 +55,17 @@ class Extras:
         reference: laws of `model.reference`, for targets that need it.
         critic: (N,) predicted minus future cost of every state, differentiable; for `GAE`.
         progress: share of the run that is done, in [0, 1].
+        ahead: (N, V) expected cost of what follows every token of the vocabulary, for look-ahead routes.
+        top_ids: (N, K) the student's likeliest tokens when the text was written, for supports that stand on them.
+        past: (terms, 2) what `Objective.remember` has kept of earlier steps, for baselines that look back.
     """
 
     reference: TokenLaws | None = None
     critic: Tensor | None = None
     progress: float = 0.0
+    ahead: Tensor | None = None
+    past: Tensor | None = None
+    top_ids: Tensor | None = None
 
 
 class Parts(NamedTuple):
@@ -128,6 +134,7 @@ class ObjectiveRows:
     ) -> None:
         self.objectives, self.teacher, self.reference = objectives, teacher, extras.reference
         self.progress, self.tokens, self.agreement_k = extras.progress, tokens, agreement_k
+        self.ahead, self.top_ids = extras.ahead, extras.top_ids
         self.names = [(i, name) for i, o in enumerate(objectives) for name in _differentiated(o)]
         self.measuring = next((i for i, o in enumerate(objectives) if o.needs_teacher), 0)
 
@@ -170,7 +177,9 @@ class ObjectiveRows:
         measured: dict[Hashable, Tensor] = {}
         for i, objective in enumerate(self.objectives):
             theirs, third = self._others(others, objective)
-            parts, stats = score(objective, logits, theirs, tokens, third, self.progress, self.measuring == i, self.agreement_k)
+            ahead, top_ids = (None if x is None else x[start:stop] for x in (self.ahead, self.top_ids))
+            known = (third, self.progress, self.measuring == i, self.agreement_k, ahead, top_ids)
+            parts, stats = score(objective, logits, theirs, tokens, *known)
             for name in ("direct", "logprob", "routed"):
                 if (value := getattr(parts, name)) is not None:
                     outputs[i, name] = value
@@ -225,7 +234,8 @@ class ObjectiveRows:
             return None
         value, gradient = closed
         gradient *= (factors[0].to(gradient.dtype) / objective.temperature)[:, None]
-        signals = _signals(objective, Scores(value, None, value), student, teacher, tokens)
+        signals = _signals(objective, Scores(value, None, value), World(student, teacher, tokens))
+        signals["teacher_logprob"] = lp.gather(teacher, tokens)
         stats = statistics(student, teacher, *probs, tokens, self.agreement_k)
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
         measured |= {(0, "_" + key): value for key, value in signals.items()}
@@ -251,6 +261,8 @@ def score(
     progress: float = 0.0,
     measuring: bool = True,
     agreement_k: int = 0,
+    ahead: Float[Tensor, "n V"] | None = None,
+    top_ids: Int[Tensor, "n K"] | None = None,
 ) -> tuple[Parts, dict[str, Tensor]]:
     """One objective on both models' logits: what it needs of the vocabulary, and statistics if it is the ``measuring`` one."""
     student = lp.log_softmax(student_logits, objective.temperature)
@@ -265,10 +277,12 @@ def score(
         teacher = lp.log_softmax(teacher_logits.detach(), objective.temperature)
         third = lp.log_softmax(reference_logits.detach(), objective.temperature) if reference_logits is not None else None
         aim = objective.target.law(student.detach(), teacher, third, progress).clamp(min=lp.floor_of(student.dtype))
-    scores = objective.support.score(objective.divergence, student, aim, tokens)
-    routed = objective.route.score(student, aim, tokens)
+    world = objective.support.world(student, aim, tokens)
+    recorded = (top_ids,) if objective.support.record_top_k and top_ids is not None else ()
+    scores = objective.support.score(objective.divergence, *world[:3], *recorded)
+    routed = objective.route.score(world, ahead)
     with torch.no_grad():
-        detached = _signals(objective, scores, student, aim, tokens)
+        detached = _signals(objective, scores, world) | {"teacher_logprob": lp.gather(aim, tokens)}
         if routed is not None:
             detached["share"] = routed.share
         stats = {}
@@ -281,11 +295,11 @@ def score(
     )
 
 
-def _signals(objective: Axes, scores: Scores, student: Tensor, aim: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def _signals(objective: Axes, scores: Scores, world: World) -> dict[str, Tensor]:
     """What credit is made of: under ``reward`` the signal of the drawn token, under ``cost`` what it costs others."""
+    student, aim, tokens, _ = world
     on_token = lp.gather(student, tokens), lp.gather(aim, tokens)
-    out = {"teacher_logprob": on_token[1]}
-    out["reward"] = torch.zeros_like(on_token[0])
+    out = {"reward": torch.zeros_like(on_token[0])}
     out["cost"] = scores.cost if scores.cost is not None else out["reward"]
     shaper = objective.shaper
     if scores.reward is not None:

@@ -32,6 +32,7 @@ from opd_lightning.ops import logprobs as lp
 __all__ = ["FullVocab", "SampledToken", "Support", "TopK", "WrittenToken"]
 
 Chooser = Literal["student", "teacher", "union", "intersection"]
+Moment = Literal["scoring", "sampling"]
 Closure = Literal["tail", "renormalize", "renormalize_teacher", "stop_gradient", "sampled_tail", "raw"]
 
 
@@ -49,6 +50,37 @@ class Scores(NamedTuple):
     cost: Tensor | None
 
 
+class Closed(NamedTuple):
+    """Two laws on a truncated support.
+
+    Attributes:
+        ids: (N, K) entries.
+        counts: (N, K) False for repeated entries of a union, and for those outside an intersection.
+        student, teacher: (N, K), or (N, K + 1) with a tail: log-probabilities, made comparable by the closure.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    student: Tensor
+    teacher: Tensor
+
+
+class World(NamedTuple):
+    """The laws in which a drawn token is judged: by its support, its baseline and its route alike.
+
+    Attributes:
+        student, teacher: (N, J) log-probabilities, of the vocabulary's entries or of a coarsening; only the first is
+            differentiated.
+        tokens: (N,) the entry that holds the drawn token.
+        tail: True if the last entry stands for all tokens that have none of their own.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    tokens: Tensor
+    tail: bool = False
+
+
 class Support(Configurable, ABC):
     """A choice of vocabulary entries.
 
@@ -56,11 +88,13 @@ class Support(Configurable, ABC):
         sampled: True if it stands on the drawn token and needs the recorded sampler log-probabilities.
         summed: True if entries are summed and differentiated through (`Scores.direct`).
         needs_teacher: False if the text alone is the target.
+        record_top_k: how many of the student's likeliest tokens must be recorded when the text is written.
     """
 
     sampled: bool = False
     summed: bool = True
     needs_teacher: bool = True
+    record_top_k: int = 0
 
     @abstractmethod
     def score(
@@ -69,8 +103,21 @@ class Support(Configurable, ABC):
         student: Float[Tensor, "N V"],
         teacher: Float[Tensor, "N V"] | None,
         tokens: Int[Tensor, " N"],
+        recorded: Int[Tensor, "N K"] | None = None,
     ) -> Scores:
-        """Compare the two laws at every token."""
+        """Compare the two laws at every token.
+
+        Args:
+            divergence: what is compared at one entry.
+            student: log-probabilities; gradient flows into them.
+            teacher: log-probabilities of the target; None if it is not needed.
+            tokens: those that were drawn.
+            recorded: the student's `record_top_k` likeliest tokens when the text was written; given only if asked for.
+        """
+
+    def world(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> World:
+        """What drawn tokens are judged in; the vocabulary unless a support says otherwise."""
+        return World(student, teacher, tokens)
 
     @property
     @abstractmethod
@@ -91,6 +138,7 @@ class FullVocab(Support):
         student: Float[Tensor, "N V"],
         teacher: Float[Tensor, "N V"] | None,
         tokens: Int[Tensor, " N"],
+        recorded: Int[Tensor, "N K"] | None = None,
     ) -> Scores:
         assert teacher is not None
         value = divergence.total(student, teacher)
@@ -105,32 +153,38 @@ class TopK(Support):
         by: who picks: ``student``, ``teacher``, their ``union`` or their ``intersection``.
         closure: what stands for the rest (table at the head of this module). ``raw`` drains the student's own mass and
             is accepted only under ``allow_degenerate: true``.
+        ids: when the student picks: ``scoring``, by its law as it is, or ``sampling``, by the one that it had when the text was
+            written (recorded with the rollout at the price of one more pass over it). They differ on stale rollouts.
 
     Raises:
-        ValueError: for k < 1 or an unknown chooser or closure.
+        ValueError: for k < 1, an unknown chooser or closure, or ids of a student that picks nothing.
     """
 
-    def __init__(self, k: int, by: Chooser = "student", closure: Closure = "tail") -> None:
+    def __init__(self, k: int, by: Chooser = "student", closure: Closure = "tail", ids: Moment = "scoring") -> None:
         if k < 1:
             raise ValueError(f"TopK(k={k}): k must be at least 1")
-        for key, given, allowed in (("by", by, get_args(Chooser)), ("closure", closure, get_args(Closure))):
-            if given not in allowed:
-                raise ValueError(f"TopK({key}={given!r}): allowed are {', '.join(allowed)}")
-        self.k, self.by, self.closure = k, by, closure
+        for key, given, literal in (("by", by, Chooser), ("closure", closure, Closure), ("ids", ids, Moment)):
+            if given not in get_args(literal):
+                raise ValueError(f"TopK({key}={given!r}): allowed are {', '.join(get_args(literal))}")
+        if ids == "sampling" and by == "teacher":
+            raise ValueError("TopK(by='teacher', ids='sampling'): the student picks nothing; leave ids at 'scoring'")
+        self.k, self.by, self.closure, self.ids = k, by, closure, ids
         self.sampled = closure == "sampled_tail"
+        self.record_top_k = k if ids == "sampling" else 0
 
     @property
     def title(self) -> str:
-        return f"top-{self.k} by {self.by}, closure {self.closure}"
+        when = " when it wrote" if self.ids == "sampling" else ""
+        return f"top-{self.k} by {self.by}{when}, closure {self.closure}"
 
-    def _ids(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _ids(self, student: Tensor, teacher: Tensor, recorded: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Entry ids (N, K) and which of them count. Repeated entries of a union count once."""
         vocab = student.shape[-1]
         k = min(self.k, vocab)
         if self.by == "teacher":
             ids = teacher.topk(k, -1).indices
             return ids, torch.ones_like(ids, dtype=torch.bool)
-        ids = student.detach().topk(k, -1).indices
+        ids = student.detach().topk(k, -1).indices if recorded is None else recorded[:, :k].long()
         if self.by == "student":
             return ids, torch.ones_like(ids, dtype=torch.bool)
         theirs = teacher.topk(k, -1).indices
@@ -138,6 +192,14 @@ class TopK(Support):
             return ids, lp.membership(ids, theirs, vocab)
         new = ~lp.membership(theirs, ids, vocab)
         return torch.cat([ids, theirs], -1), torch.cat([torch.ones_like(new), new], -1)
+
+    def closed(
+        self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], recorded: Int[Tensor, "N K"] | None = None
+    ) -> Closed:
+        """Both laws on the support, the student's differentiable."""
+        ids, counts = self._ids(student, teacher, recorded)
+        s, t = (self._close(law.gather(-1, ids), counts, is_teacher) for law, is_teacher in ((student, False), (teacher, True)))
+        return Closed(ids, counts, s, t)
 
     def _close(self, head: Float[Tensor, "N K"], counts: Bool[Tensor, "N K"], is_teacher: bool) -> Float[Tensor, "N J"]:
         """Log-probabilities on the support, made comparable by the closure."""
@@ -154,11 +216,10 @@ class TopK(Support):
         student: Float[Tensor, "N V"],
         teacher: Float[Tensor, "N V"] | None,
         tokens: Int[Tensor, " N"],
+        recorded: Int[Tensor, "N K"] | None = None,
     ) -> Scores:
         assert teacher is not None
-        ids, counts = self._ids(student, teacher)
-        s = self._close(student.gather(-1, ids), counts, is_teacher=False)
-        t = self._close(teacher.gather(-1, ids), counts, is_teacher=True)
+        ids, counts, s, t = self.closed(student, teacher, recorded)
         if self.closure in ("raw", "renormalize_teacher"):
             value = divergence.raw(s, t).sum(-1)
         elif self.closure in ("stop_gradient", "sampled_tail"):
@@ -179,11 +240,35 @@ class SampledToken(Support):
 
     With ReverseKL this is the loss of Thinking Machines' on-policy distillation. It is unbiased for the full sum and
     needs one teacher number per token, at the price of the sampling noise.
+
+    Args:
+        k: 0, or the size of a closed world: the student's and the teacher's k likeliest tokens, and one tail entry for all
+            others. Advantage, baseline and route then know these entries alone, and the estimator is unbiased for the
+            divergence of this coarsening, whose entries depend on the state only. A token of the tail has the tail's
+            log-ratio, and its own score function.
+
+    Raises:
+        ValueError: for a negative k.
     """
 
     sampled = True
     summed = False
     title = "sampled token"
+
+    def __init__(self, k: int = 0) -> None:
+        if k < 0:
+            raise ValueError(f"SampledToken(k={k}): must be at least 0 (0 keeps the whole vocabulary)")
+        self.k = k
+        if k:
+            self.title = f"sampled token among the top-{k} of both and a tail"
+
+    def world(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> World:
+        if not self.k:
+            return super().world(student, teacher, tokens)
+        ids, _, ours, theirs = TopK(self.k, "union", "tail").closed(student, teacher)
+        found = ids == tokens[:, None]  # a repeated entry is found at its first place, which counts
+        entry = torch.where(found.any(-1), found.int().argmax(-1), ids.shape[-1])
+        return World(ours, theirs, entry, tail=True)
 
     def score(
         self,
@@ -191,6 +276,7 @@ class SampledToken(Support):
         student: Float[Tensor, "N V"],
         teacher: Float[Tensor, "N V"] | None,
         tokens: Int[Tensor, " N"],
+        recorded: Int[Tensor, "N K"] | None = None,
     ) -> Scores:
         assert teacher is not None
         s, t = lp.gather(student.detach(), tokens), lp.gather(teacher, tokens)
@@ -214,5 +300,6 @@ class WrittenToken(Support):
         student: Float[Tensor, "N V"],
         teacher: Float[Tensor, "N V"] | None,
         tokens: Int[Tensor, " N"],
+        recorded: Int[Tensor, "N K"] | None = None,
     ) -> Scores:
         return Scores(direct=-lp.gather(student, tokens), reward=None, cost=None)

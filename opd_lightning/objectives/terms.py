@@ -102,6 +102,10 @@ class Terms(Objective):
         return any(t.objective.needs_critic for t in self.terms)
 
     @property
+    def needs_groups(self) -> bool:
+        return any(t.objective.needs_groups for t in self.terms)
+
+    @property
     def needs_sampler(self) -> bool:
         return any(t.objective.needs_sampler for t in self.terms)
 
@@ -127,16 +131,30 @@ class Terms(Objective):
             given = objective.expected_gradient(part, chosen)
             expected.append(given if given is None else given * size)
         tokens = rollout.text.targets[rollout.mask]
+        extras = self.recorded(rollout, extras)
         found, stats = measure(objectives, student, teacher, tokens, agreement_k, extras, expected)
+        past = extras.past.split(1) if extras.past is not None else [None] * len(own)
         outputs = [
-            objective.conclude(parts, stats, part, chosen, student.vocab, extras.critic)
-            for objective, parts, part, chosen in zip(objectives, found, own, selected, strict=True)
+            objective.conclude(parts, stats, part, chosen, student.vocab, replace(extras, past=before))
+            for objective, parts, part, chosen, before in zip(objectives, found, own, selected, past, strict=True)
         ]
+        kept = outputs[0].stats
+        if errors := [
+            w * o.stats.values["critic_loss"] for w, o in zip(sizes, outputs, strict=True) if "critic_loss" in o.stats.values
+        ]:
+            kept = replace(kept, values=kept.values | {"critic_loss": torch.stack(errors).sum(0)})
         return ObjectiveOutput(
             loss=torch.stack([w * o.loss for w, o in zip(sizes, outputs, strict=True)]).sum(),
             token_loss=torch.stack([w * o.token_loss for w, o in zip(sizes, outputs, strict=True)]).sum(0),
-            stats=outputs[0].stats,
+            stats=kept,
+            advantages=_joined([o.advantages for o in outputs]),
         )
+
+
+def _joined(found: list[Tensor | None]) -> Tensor | None:
+    """Rows of all terms, zeros for those that have none; None if nobody has."""
+    some = next((x for x in found if x is not None), None)
+    return None if some is None else torch.cat([torch.zeros_like(some) if x is None else x for x in found])
 
 
 def _factor(term: Term) -> str:

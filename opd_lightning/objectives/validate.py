@@ -16,10 +16,14 @@ from opd_lightning.objectives.credits import GAE, Discounted
 from opd_lightning.objectives.defects import Defect, DegenerateObjective, defect_of, refuse_unfit_part
 from opd_lightning.objectives.gates import PositionDecay
 from opd_lightning.objectives.reductions import SequenceMean, TokenMean
-from opd_lightning.objectives.supports import TopK, WrittenToken
+from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
 
 if TYPE_CHECKING:
     from opd_lightning.objectives.objective import Objective
+
+
+COARSE = " of the top-k-plus-tail coarsening"
+LOWER_BOUND = "a lower bound of the full divergence, off by at most what the tail hides (tail mass)"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def _biases(objective: Objective) -> tuple[str, ...]:
     if isinstance(support, TopK):
         out.append(
             {
-                "tail": "a lower bound of the full divergence, off by at most what the tail hides (tail mass)",
+                "tail": LOWER_BOUND,
                 "renormalize": "blind to how much mass lies outside the support",
                 "renormalize_teacher": "pulls all mass onto the support",
                 "stop_gradient": "what lies outside the support is not compared",
@@ -63,6 +67,10 @@ def _biases(objective: Objective) -> tuple[str, ...]:
                 "raw": "descends the student's mass on the support",
             }[support.closure]
         )
+    if isinstance(support, SampledToken) and support.k:
+        out.append(LOWER_BOUND)
+    if support.record_top_k:
+        out.append("on stale rollouts the support is that of the student who wrote")
     out.append("" if _time_discounted(objective) else credit.bias)
     if isinstance(reduction, SequenceMean) and (support.sampled or not support.needs_teacher or credit.gamma > 0.0):
         out.append("the weight 1 / length depends on the drawn tokens where completions can end early")
@@ -71,6 +79,9 @@ def _biases(objective: Objective) -> tuple[str, ...]:
     if objective.shaper.title:
         out.append("the signal is bent: the same fixed point, not the gradient of the divergence")
     out.append(bias_of_route(objective))
+    correction = objective.correction
+    if objective.needs_sampler and correction.bias and not isinstance(correction, TokenRatio):
+        out.append(f"on stale rollouts {correction.bias}")
     if objective.gates and not _time_discounted(objective):
         out.append(_bias_of_gates(objective))
     return tuple(bias for bias in out if bias)
@@ -79,7 +90,7 @@ def _biases(objective: Objective) -> tuple[str, ...]:
 def bias_of_route(objective: Objective) -> str:
     """Empty for none. Balanced canonical routing is without bias where the routed signal is the exact local advantage."""
     exact = isinstance(objective.baseline, ClosedFormBaseline) or isinstance(objective.credit, GAE)
-    if objective.route.bias or not objective.route.balanced:
+    if objective.route.bias or not objective.route.balanced or objective.route.strength == 0.0:
         return objective.route.bias
     if objective.credit.gamma == 0.0 and exact and not objective.shaper.title:
         return ""
@@ -111,9 +122,11 @@ def declare(objective: Objective) -> DeclaredTarget:
     title = objective.divergence.title
     if objective.target.title:
         title += f" to {objective.target.title}"
+    if isinstance(support, SampledToken) and support.k:
+        title += COARSE
     if isinstance(support, TopK):
         title = {
-            "tail": f"{title} of the top-k-plus-tail coarsening",
+            "tail": title + COARSE,
             "renormalize": f"{title} of both laws renormalised on the top-k",
             "renormalize_teacher": f"{title} from the teacher renormalised on the top-k",
             "stop_gradient": f"generalised {title} on the top-k",

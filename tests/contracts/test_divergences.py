@@ -393,3 +393,26 @@ def test_an_inseparable_divergence_has_no_entries(divergence: Divergence) -> Non
     for method in (divergence.entry, divergence.raw, divergence.advantage, divergence.value):
         with pytest.raises(TypeError, match="use `total` on whole laws"):
             method(s, t)
+
+
+@each
+def test_the_value_of_a_token_is_no_advantage_but_for_the_reverse_kl(divergence: Divergence) -> None:
+    """Held fixed, minus what the divergence is at the drawn token has its mean right and its gradient wrong."""
+    if not divergence.separable:
+        return
+    z, w = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    z.requires_grad_(True)
+    s, t = log_softmax(z), log_softmax(w)
+    (exact,) = torch.autograd.grad(divergence.total(s, t).sum(), z, retain_graph=True)
+    weight = (s.exp() * divergence.value(s, t)).detach()
+    (found,) = torch.autograd.grad((weight * s).sum(), z)
+    off = float((found - exact).norm() / exact.norm())
+    assert off < 1e-12 if isinstance(divergence, ReverseKL) else off > 1e-2
+
+
+def test_a_certain_teacher_tells_the_directions_apart() -> None:
+    """Uniform student: the forward KL is log V, the reverse KL as large as the floor of the logarithm lets it be."""
+    s = log_softmax(torch.zeros(1, 4, dtype=torch.float64))
+    t = log_softmax(torch.tensor([[0.0, -math.inf, -math.inf, -math.inf]], dtype=torch.float64))
+    assert ForwardKL().total(s, t).item() == pytest.approx(math.log(4))
+    assert ReverseKL().total(s, t).item() > 500

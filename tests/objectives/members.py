@@ -56,9 +56,9 @@ TOPKS = [
     for by in ("student", "teacher", "union", "intersection")
     for closure in ("tail", "renormalize", "stop_gradient", "raw")
 ]
-SUPPORTS = [FullVocab(), SampledToken(), WrittenToken(), *TOPKS]
+SUPPORTS = [FullVocab(), SampledToken(), WrittenToken(), SampledToken(1), *TOPKS]
 FEWER = [  # every closure and every chooser once: what they do does not depend on the divergence
-    *SUPPORTS[:3],
+    *SUPPORTS[:4],
     TopK(2, "student", "tail"),
     TopK(2, "teacher", "stop_gradient"),
     TopK(2, "union", "renormalize"),

@@ -99,6 +99,14 @@ def test_every_correction_of_the_package_is_here() -> None:
     assert set(map(type, MEMBERS)) == set(Correction.__subclasses__())
 
 
+def test_what_a_correction_leaves_is_declared() -> None:
+    """The token ratio is the default and exact on the states that were visited; the free product leaves nothing."""
+    for correction in MEMBERS:
+        biases = sampled(correction).declared_target.biases
+        exact = correction.title in (TokenRatio.title, PrefixProduct().title)
+        assert biases == (() if exact else (f"on stale rollouts {correction.bias}",))
+
+
 @each_world
 @pytest.mark.parametrize("correction", MEMBERS, ids=lambda c: c.title)
 def test_on_the_students_own_completions_nothing_is_corrected(name: str, correction: Correction) -> None:
@@ -213,3 +221,19 @@ def test_a_correction_without_sampled_tokens_is_refused_and_would_be_idle() -> N
             Objective(ReverseKL(), FullVocab(), correction=correction)
         forced = Objective(ReverseKL(), reduction=Constant(1.0), correction=correction, allow_degenerate=True)
         close(at.gradients_of(forced, "sampler"), plain, 0.0)
+
+
+@each_world
+def test_the_bias_of_truncated_ratios_is_bounded_by_what_is_cut(name: str) -> None:
+    """norm <= E_old sum_t (ratio - cap)_+ abs(A) norm(grad log p), so it falls to nothing as the cap rises."""
+    at, book = WORLDS[name], Book(WORLDS[name])
+    exact, norms = at.moments_of(sampled(TokenRatio()), "sampler").mean, []
+    for cap in (1.0, 1.2, 2.0, 1e9):
+        norms.append(float((at.moments_of(sampled(TruncatedRatio(cap)), "sampler").mean - exact).norm()))
+        bound = 0.0
+        for path in at.paths:
+            for s, v, u in zip(path.states, path.tokens, book.ratios(path), strict=True):
+                score = [(w == v) - p for w, p in enumerate(book.p[s])]
+                bound += path.sampler * max(u - cap, 0.0) * abs(book.r(s, v)) * math.hypot(*score)
+        assert norms[-1] <= bound + 1e-12
+    assert norms[0] > 1e-3 and norms[-1] < 1e-12

@@ -10,6 +10,7 @@ import torch
 
 from opd_lightning.inspect.oracle import Path, TabularWorld
 from opd_lightning.objectives import (
+    Baseline,
     Clip,
     ClosedFormBaseline,
     Constant,
@@ -180,7 +181,11 @@ def test_the_divergence_of_the_own_state_is_no_signal(name: str) -> None:
 @each_world
 def test_window_limits(name: str) -> None:
     at = WORLDS[name]
-    close(at.gradients_of(sampled(KStep(1, 0.7))), at.gradients_of(sampled(Immediate())), 1e-14)
+    for nothing in (KStep(1, 0.7), KStep(3, 0.0)):
+        close(at.gradients_of(sampled(nothing)), at.gradients_of(sampled(Immediate())), 0.0)
+        assert sampled(nothing).declared_target == sampled(Immediate()).declared_target
+    with pytest.raises(ValueError, match="discounts"):
+        KStep(1, 7.0)
     for k in (at.horizon, 10**6):
         for gamma in (0.7, 1.0):
             close(at.gradients_of(sampled(KStep(k, gamma))), at.gradients_of(sampled(Discounted(gamma, analytic=True))), 1e-13)
@@ -281,3 +286,53 @@ def test_sequence_mean_divides_by_the_sampled_length_and_is_not_the_gradient_of_
     correct = book.scores(lambda path: [sum(book.rewards(path)) / len(path.tokens) - 1 / len(path.tokens)] * len(path.tokens))
     close(book.mean(correct), true)
     assert (book.mean(found) - true).norm() > 1e-2
+
+
+# ---- identities ----------------------------------------------------------------------------------------------------------
+
+
+@each_world
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.8, 1.0])
+def test_discounted_credit_is_the_local_gradient_plus_the_couplings(name: str, gamma: float) -> None:
+    """C_k = E sum_t r_{t+k} grad log p(y_t) = - E sum_t KL(s_{t+k}) grad log p(y_t), weighted by gamma^k."""
+    at, book = WORLDS[name], Book(WORLDS[name])
+    expected = at.moments_of(sampled(Immediate())).mean
+    for k in range(1, at.horizon):
+        rewards = book.mean(book.scores(lambda y, k=k: [*book.rewards(y)[k:], *[0.0] * k][: len(y.tokens)]))
+        exact = book.mean(book.scores(lambda y, k=k: [*[-x for x in book.kls(y)[k:]], *[0.0] * k][: len(y.tokens)]))
+        close(rewards, exact)
+        expected = expected + gamma**k * rewards
+    close(at.moments_of(sampled(Discounted(gamma))).mean, expected)
+
+
+class Arbitrary(Baseline):
+    """Any function of the two laws of a state."""
+
+    title = "arbitrary"
+
+    def value(self, divergence: object, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return 5.0 * (17.0 * student + 29.0 * teacher**2).sin().sum(-1)
+
+
+@each_world
+@pytest.mark.parametrize("credit", [Immediate(), Discounted(0.5), ReturnToGo(analytic=True)], ids=repr)
+def test_any_function_of_the_state_is_a_baseline_and_one_of_the_action_is_not(name: str, credit: object) -> None:
+    at, book = WORLDS[name], Book(WORLDS[name])
+    plain = at.moments_of(sampled(credit))
+    shifted = at.moments_of(sampled(credit, Arbitrary()))
+    close(shifted.mean, plain.mean)
+    assert shifted.trace > 2 * plain.trace
+    of_action = book.mean(book.scores(lambda y: [math.sin(3.0 * s + v) for s, v in zip(y.states, y.tokens, strict=True)]))
+    assert of_action.abs().max() > 1e-2
+
+
+@each_world
+def test_raw_signals_are_net_negative_by_the_kl_and_balanced_by_the_closed_form(name: str) -> None:
+    student, teacher = (law.detach() for law in WORLDS[name].laws())
+    signal = ReverseKL().advantage(student, teacher)
+    kl = torch.tensor([Book(WORLDS[name]).kl(s) for s in range(len(student))], dtype=torch.float64)
+    below, above = ((student.exp() * part).sum(-1) for part in (signal.clamp(max=0.0), signal.clamp(min=0.0)))
+    close(-below - above, kl)
+    baseline = ClosedFormBaseline().value(ReverseKL(), student, teacher)
+    close(baseline, -kl)
+    close((student.exp() * (signal - baseline[:, None])).sum(-1), torch.zeros_like(kl))

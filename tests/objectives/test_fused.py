@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -49,7 +49,8 @@ def rollout() -> Rollout:
     written = [
         Completion(tuple(torch.randint(2, VOCAB, (n,), generator=generator).tolist()), (-2.3,) * n, True, 0) for n in LENGTHS
     ]
-    return Rollout.of(prompts, written, 0)
+    made = Rollout.of(prompts, written, 0)
+    return replace(made, top_ids=torch.rand(*made.mask.shape, VOCAB, generator=generator).argsort(-1))
 
 
 @dataclass
@@ -76,7 +77,8 @@ class Pair:
         """Loss, all gradients and all measurements."""
         wanted = [self.student.hidden, *self.student.head.trained]
         critic = torch.zeros(len(self.student), dtype=torch.float64)
-        extras = Extras(self.reference, critic, 0.5)
+        ahead = torch.rand(len(self.student), self.student.vocab, generator=torch.Generator().manual_seed(2)).double()
+        extras = Extras(self.reference, critic, 0.5, ahead)
         out = objective(self.student, self.teacher, rollout(), agreement_k=3, extras=extras)
         gradients = torch.autograd.grad(factor * out.loss, wanted, allow_unused=True, materialize_grads=True)
         return out.loss.detach(), list(gradients), out.stats.values

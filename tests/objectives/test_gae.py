@@ -235,3 +235,25 @@ def test_an_identical_teacher_gives_zero(critic: float | None) -> None:
     values = None if critic is None else torch.full((len(agreed.states),), critic, dtype=torch.float64)
     for gamma, lam in ((0.0, 0.5), (0.9, 0.5), (1.0, 1.0)):
         assert agreed.gradients_of(sampled(GAE(gamma, lam)), critic=values).abs().max() < 1e-13
+
+
+@each_world
+def test_the_critics_error_is_reported_beside_the_loss_and_not_in_it(name: str) -> None:
+    at, book = WORLDS[name], Book(WORLDS[name])
+    batch = Rollout.cat([at.rollout(path) for path in at.paths])
+    states = torch.tensor([s for path in at.paths for s in path.states])
+    laws, critic = (TableLaws(at.student.detach()[states]), TableLaws(at.teacher[states])), critic_of(at)
+    out = sampled(GAE(0.8, 0.5))(*laws, batch, extras=Extras(critic=critic[states]))
+    advantages = [a for path in at.paths for a in reference(book, path, 0.8, 0.5, critic)]
+    close(-out.token_loss[batch.mask], torch.tensor(advantages, dtype=torch.float64), 1e-6)
+    errors = []
+    for path in at.paths:
+        kls, n = book.kls(path), len(path.states)
+        goals = [-sum(0.8 ** (k - 1) * kls[t + k] for k in range(1, n - t)) for t in range(n)]
+        errors += [0.5 * (float(critic[s]) - goal) ** 2 for s, goal in zip(path.states, goals, strict=True)]
+    close(out.stats.values["critic_loss"], torch.tensor(errors, dtype=torch.float64), 1e-10)
+    close(out.loss, out.token_loss.sum() + sum(errors), 1e-9)
+    both = Terms([Term(sampled(Immediate())), Term(sampled(GAE(0.8, 0.5)), weight=0.5)])
+    split = both(*laws, replace(batch, scale=(1.0, 1.0)), extras=Extras(critic=critic[states]))
+    close(split.stats.values["critic_loss"], 0.5 * out.stats.values["critic_loss"], 1e-10)
+    assert "critic_loss" not in sampled(Immediate())(*laws, batch).stats.values

@@ -49,12 +49,15 @@ ARGUMENTS: dict[str, list[dict]] = {
             ("geometric", 0.5, False),
             ("geometric", 1.0, True),
         )
-    ],
+    ]
+    + [{"destination": d, "strength": 0.5, "space": "probability"} for d in ("canonical", "geometric")]
+    + [{"destination": "lookahead", "strength": 0.5, "balanced": b} for b in (False, True)],
     "Discounted": [{"gamma": 0.5}, {"gamma": 0.5, "analytic": True}],
     "Disagreement": [{"at_least": 0.3}, {"top_fraction": 0.5}],
     "FirstTokens": [{"count": 2}],
     "GAE": [{}, {"gamma": 0.0}, {"gamma": 1.0, "lam": 1.0}, {"train_critic": False}],
     "KStep": [{"k": 1}, {"k": 2}],
+    "SampledToken": [{}, {"k": 1}],
     "PositionDecay": [{"gamma": 0.5}],
     "PrefixProduct": [{}, {"cap": 3.0}],
     "ReturnToGo": [{}, {"analytic": True}],
@@ -73,7 +76,8 @@ ARGUMENTS: dict[str, list[dict]] = {
             *((k, by, "sampled_tail") for k in (1, 3) for by in ("student", "union", "intersection")),
             *((1, by, "renormalize_teacher") for by in ("teacher", "intersection")),
         )
-    ],
+    ]
+    + [{"k": 2, "by": by, "closure": c, "ids": "sampling"} for by, c in (("student", "tail"), ("union", "stop_gradient"))],
 }
 
 
@@ -134,6 +138,7 @@ def test_every_accepted_combination_follows_its_declared_gradient(seed: int) -> 
         at = WORLDS["eos" if seed % 2 else "fixed"]
         critic = torch.linspace(-1.0, 0.5, len(at.states), dtype=torch.float64)
         given = {"reference": at.sampler, "critic": critic, "progress": 0.3}
+        ahead = torch.linspace(0.0, 1.0, at.teacher.numel(), dtype=torch.float64).view_as(at.teacher)
         writer = "student" if objective.support.needs_teacher else "teacher"
         try:
             exact = at.declared_gradient(objective, writer, **given)
@@ -141,7 +146,7 @@ def test_every_accepted_combination_follows_its_declared_gradient(seed: int) -> 
             assert "no closed form" in str(reason)
             assert declared.biases
             continue
-        error = (at.moments_of(objective, writer, **given).mean - exact).abs().max().item()
+        error = (at.moments_of(objective, writer, ahead=ahead, **given).mean - exact).abs().max().item()
         assert error < 1e-9, (objective, error)
         compared += 1
     assert compared > 45
@@ -233,7 +238,8 @@ def rollout_of(seed: int) -> Rollout:
     written = [
         Completion(tuple(torch.randint(VOCAB, (n,), generator=generator).tolist()), (-1.6,) * n, True, 0) for n in LENGTHS
     ]
-    return Rollout.of([Prompt(i, "", (1,), row=i) for i in range(len(LENGTHS))], written, 0)
+    rollout = Rollout.of([Prompt(i, "", (1,), row=i) for i in range(len(LENGTHS))], written, 0)
+    return replace(rollout, top_ids=torch.rand(*rollout.mask.shape, VOCAB, generator=generator).argsort(-1))
 
 
 def tables(case: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,12 +303,28 @@ def test_values_and_gradients_are_finite_at_every_limit(axis: str, case: str) ->
             student, teacher = tables(case, dtype)
             student.requires_grad_(True)
             critic = torch.zeros(len(student), dtype=dtype, requires_grad=True)
-            extras = Extras(TableLaws(teacher.roll(1, 0)), critic, 0.5)
+            extras = Extras(TableLaws(teacher.roll(1, 0)), critic, 0.5, torch.rand(student.shape, dtype=dtype))
             out = objective(TableLaws(student), TableLaws(teacher), rollout, extras=extras)
             (gradient,) = torch.autograd.grad(out.loss, student, allow_unused=True)
             assert torch.isfinite(out.loss), (objective, dtype)
             assert torch.isfinite(out.token_loss).all(), (objective, dtype)
             assert gradient is None or torch.isfinite(gradient).all(), (objective, dtype)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_gradient_reaches_student_and_critic_alone(axis: str) -> None:
+    """Not the teacher, the reference or what is known of later states, through no weight, gate, baseline or destination."""
+    rollout = rollout_of(0)
+    for member in MEMBERS[axis]:
+        for objective in around(axis, member):
+            given = [x.requires_grad_(True) for x in (*tables("plain", torch.float64), torch.randn(sum(LENGTHS), VOCAB))]
+            critic, ahead = torch.zeros(sum(LENGTHS), requires_grad=True), torch.randn(sum(LENGTHS), VOCAB, requires_grad=True)
+            laws = [TableLaws(x) for x in given]
+            out = objective(*laws[:2], rollout, extras=Extras(laws[2], critic, 0.5, ahead))
+            found = torch.autograd.grad(out.loss, [*given, ahead, critic], allow_unused=True)
+            assert found[0] is not None and found[1:4] == (None, None, None), objective
+            assert (found[4] is not None) == objective.needs_critic
+            assert not out.token_loss.requires_grad and not any(v.requires_grad for v in out.stats.values.values())
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -312,7 +334,9 @@ def test_an_empty_mask_is_a_zero_that_backpropagates(axis: str) -> None:
     for member in MEMBERS[axis]:
         for objective in around(axis, member)[:8]:
             student, empty = torch.zeros(0, VOCAB, requires_grad=True), TableLaws(torch.zeros(0, VOCAB))
-            loss = objective(TableLaws(student), empty, nothing, extras=Extras(empty, torch.zeros(0), 0.5)).loss
+            loss = objective(
+                TableLaws(student), empty, nothing, extras=Extras(empty, torch.zeros(0), 0.5, torch.zeros(0, VOCAB))
+            ).loss
             assert loss.item() == 0.0
             loss.backward()
 
@@ -329,10 +353,14 @@ def test_masked_tokens_between_the_others_change_nothing(axis: str) -> None:
     ids = torch.full((len(rollout), int(spread[-1]) + 4), 3).index_copy(1, spread, rollout.text.ids)
     mask = torch.zeros(len(rollout), ids.shape[1] - 1, dtype=torch.bool).index_copy(1, spread[1:] - 1, rollout.mask)
     recorded = torch.full(mask.shape, -9.0).index_copy(1, spread[1:] - 1, rollout.sampler_logprobs)
-    wide = replace(rollout, text=replace(rollout.text, ids=ids, mask=mask), sampler_logprobs=recorded)
+    top_ids = torch.zeros(*mask.shape, VOCAB, dtype=torch.long).index_copy(1, spread[1:] - 1, rollout.top_ids)
+    text = replace(rollout.text, ids=ids, mask=mask)
+    wide = replace(rollout, text=text, sampler_logprobs=recorded, top_ids=top_ids)
     student, teacher = tables("plain", torch.float64)
     student.requires_grad_(True)
-    extras = Extras(TableLaws(teacher.roll(1, 0)), torch.linspace(-1.0, 0.0, len(student), dtype=torch.float64), 0.5)
+    extras = Extras(
+        TableLaws(teacher.roll(1, 0)), torch.linspace(-1.0, 0.0, len(student), dtype=torch.float64), 0.5, student.detach()
+    )
     for member in MEMBERS[axis]:
         for objective in around(axis, member):
             narrow, broad = (objective(TableLaws(student), TableLaws(teacher), r, extras=extras) for r in (rollout, wide))

@@ -167,3 +167,35 @@ def test_declared_targets_read_like_sentences() -> None:
     assert target.name == "sequence-level reverse KL of the top-k-plus-tail coarsening"
     assert "lower bound" in str(target)
     assert "nor that of any scalar" in str(Objective(ReverseKL(), credit=Discounted(0.9)).declared_target)
+
+
+@each
+def test_columns_that_neither_can_draw_might_as_well_not_be_there(composition: Objective) -> None:
+    rollout, student, teacher = batch([4, 6])
+    with torch.no_grad():
+        for table in (student, teacher):
+            table[:, -1] = -math.inf
+    few = rollout.text.ids.clamp(max=VOCAB - 2)
+    rollout = replace(rollout, text=replace(rollout.text, ids=few))
+    whole = composition(Laws(student), Laws(teacher), rollout)
+    short = student.detach()[:, :-1].requires_grad_(True)
+    cut = composition(Laws(short, VOCAB - 1), Laws(teacher[:, :-1], VOCAB - 1), rollout)
+    (gradient,), (smaller,) = torch.autograd.grad(whole.loss, student), torch.autograd.grad(cut.loss, short)
+    torch.testing.assert_close(whole.loss, cut.loss, atol=1e-12, rtol=0.0)
+    torch.testing.assert_close(gradient[:, :-1], smaller, atol=1e-12, rtol=0.0)
+    assert gradient[:, -1].abs().max() < 1e-12
+
+
+@each
+def test_scoring_begins_before_the_first_completion_token_and_ends_with_the_last(composition: Objective) -> None:
+    """The law behind the prompt is trained; what stands behind the completion is not looked at."""
+    rollout, student, teacher = batch([3, 5])
+    out = composition(Laws(student), Laws(teacher), rollout)
+    (gradient,) = torch.autograd.grad(out.loss, student)
+    assert gradient[0].abs().max() > 0 and gradient[3].abs().max() > 0
+    ids = rollout.text.ids.clone()
+    after = torch.arange(ids.shape[1]) >= rollout.text.lengths[:, None]
+    assert after.any()
+    ids[after] = 7
+    moved = replace(rollout, text=replace(rollout.text, ids=ids))
+    torch.testing.assert_close(composition(Laws(student), Laws(teacher), moved).loss, out.loss, atol=0.0, rtol=0.0)

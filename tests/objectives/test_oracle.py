@@ -1,4 +1,25 @@
-"""The objectives against exact enumeration, and the golden numbers of a small world."""
+"""The objectives against exact enumeration, and the golden numbers of a small world.
+
+Where each statement about estimators is shown (a file once, its tests behind it):
+
+- here: immediate credit is the token level, return-to-go the sequence level, and they differ:
+  `test_every_accepted_combination_follows_what_it_declares`, `test_targets_are_the_gradients_of_the_named_scalars`; equal in
+  value: `test_sequence_and_token_level_agree_in_value`; teacher text is forward KL, foreign tokens are reweighted.
+- test_credits.py: total return, Rao-Blackwell, `test_the_divergence_of_the_own_state_is_no_signal`, gamma^t against gamma^k
+  (`test_decayed_positions_times_discounted_credit_are_the_gradient_of_the_discounted_sum`), the couplings of a discount, the
+  Jacobian's asymmetry, any function of the state as a baseline and none of the action, 1 / length with early ends.
+- test_baselines.py: means over other rollouts and over earlier steps. test_gae.py: limits, bias, critic.
+- test_corrections.py: token ratio, prefix product, truncation and its bound. test_gates.py: gates of the state and of the
+  action, shapers. test_recorded_supports.py: entries chosen when the text was written.
+- test_routes.py: direction, limits, canonical theorem, bias, balance, variance, descent of each of 10 000 draws, the golden
+  case. test_routes_further.py: the same with a tail, natural routing, look-ahead. test_methods.py: AOPD, EOPD.
+- test_members.py: no NaN at any limit, masked tokens in between, empty masks, gradient to student and critic alone.
+- test_objective.py: identical teacher, columns that nobody can draw, padding, alignment. test_refusals.py: what is refused is
+  broken. test_bigram_pilot.py: the raw top-k. test_fused.py: chunks, float32 and bfloat16.
+- tests/ops/test_estimators.py: k1, k2, k3 and abs, backpropagated and as advantages. tests/contracts: gradients of every
+  divergence by its definition, limits of families, closures at k = V, a token's value is no advantage.
+- tests/strategies/test_splits.py: micro-batches and ranks. tests/inspect/test_audit.py: the mistakes of others, named.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +30,8 @@ from opd_lightning.objectives import (
     TopKBaseline,
     Vanilla,
 )
+from opd_lightning.objectives.routes import Routed
+from opd_lightning.objectives.supports import World
 from opd_lightning.types import Completion, Prompt, Rollout
 from tests.objectives.textbook import Book, close, world, worlds
 
@@ -94,6 +98,8 @@ def test_direction_of_every_token_by_definition(name: str, destination: str, str
 @each_world
 def test_strength_zero_and_closed_gates_are_the_plain_gradient(name: str) -> None:
     at = WORLDS[name]
+    idle = routed(CounterfactualRoute("canonical", 0.0, True), TopKBaseline(2))
+    assert idle.declared_target.biases == routed(Vanilla(), TopKBaseline(2)).declared_target.biases == ()
     plain = at.gradients_of(routed(Vanilla()))
     for destination in ("canonical", "geometric"):
         for balanced in (False, True):
@@ -215,7 +221,7 @@ def single_tokens(student: torch.Tensor, teacher: torch.Tensor, drawn: torch.Ten
     """(N, V) ascent direction of every row of logits, one drawn token each."""
     logs = student.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
     written = [Completion((int(v),), (float(x),), True, 0) for v, x in zip(drawn, logs, strict=True)]
-    rollout = Rollout.of([Prompt(0, "", (1,))] * len(written), written, 0)
+    rollout = replace(Rollout.of([Prompt(0, "", (1,))] * len(written), written, 0), sampler_logprobs=logs[:, None])
     rows = student.clone().requires_grad_(True)
     loss = objective(TableLaws(rows), TableLaws(teacher), rollout).loss * len(written)
     return -torch.autograd.grad(loss, rows)[0]
@@ -227,25 +233,32 @@ def slope_of_kl(student: torch.Tensor, teacher: torch.Tensor, direction: torch.T
     return (p * (gap - (p * gap).sum(-1, keepdim=True)) * direction).sum(-1)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+DRAWS = 10_000
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), vocab=st.integers(3, 8), scale=st.floats(0.2, 3.0))
-def test_no_routed_step_raises_the_divergence(seed: int, vocab: int, scale: float) -> None:
-    """500 draws an example, 10 000 in all, every negative event: full routing always descends KL(student || teacher)."""
+def test_of_ten_thousand_routed_steps_none_raises_the_divergence(seed: int, vocab: int, scale: float) -> None:
+    """The per-sample descent theorem: 10 000 laws and draws an example, and no suppressed token whose full routing does not
+    descend KL(student || teacher). Of the same draws the plain gradient raises it for some.
+    """
     generator = torch.Generator().manual_seed(seed)
-    z, w = scale * torch.randn(2, 500, vocab, generator=generator, dtype=torch.float64)
+    z, w = scale * torch.randn(2, DRAWS, vocab, generator=generator, dtype=torch.float64)
     drawn = torch.multinomial(z.softmax(-1), 1, generator=generator).squeeze(-1)
     p, q = z.softmax(-1), w.softmax(-1)
-    advantage = (q / p).log().gather(-1, drawn[:, None]).squeeze(-1) + (p * (p / q).log()).sum(-1)
-    found = slope_of_kl(z, w, single_tokens(z, w, drawn, canonical(1.0)))
-    assert (found[advantage < -1e-6] < 0).all()
-    geometric = routed(CounterfactualRoute("geometric", 1.0, max_ratio=1e300))
-    assert (slope_of_kl(z, w, single_tokens(z, w, drawn, geometric))[advantage < -1e-6] < 0).all()
+    raw = (q / p).log().gather(-1, drawn[:, None]).squeeze(-1)
+    suppressed = raw + (p * (p / q).log()).sum(-1) < -1e-6
+    assert suppressed.sum() > DRAWS / 10
+    for objective in (canonical(1.0), routed(CounterfactualRoute("geometric", 1.0, max_ratio=1e300))):
+        assert (slope_of_kl(z, w, single_tokens(z, w, drawn, objective))[suppressed] < 0).all()
+    plain = slope_of_kl(z, w, single_tokens(z, w, drawn, routed(Vanilla(), NoBaseline())))
+    assert (plain[raw < 0] > 1e-12).any()
 
 
 def test_the_plain_gradient_and_a_raw_trigger_raise_it_now_and_then() -> None:
     """Shares of negative events that raise the divergence; the raw trigger is refused for it."""
     generator = torch.Generator().manual_seed(0)
-    z, w = 1.5 * torch.randn(2, 10_000, 6, generator=generator, dtype=torch.float64)
+    z, w = 1.5 * torch.randn(2, DRAWS, 6, generator=generator, dtype=torch.float64)
     drawn = torch.multinomial(z.softmax(-1), 1, generator=generator).squeeze(-1)
     p, q = z.softmax(-1), w.softmax(-1)
     raw = (q / p).log().gather(-1, drawn[:, None]).squeeze(-1)
@@ -326,3 +339,42 @@ def test_routes_are_refused_where_they_would_be_idle_or_underived() -> None:
     wrong = Objective(GeneralizedJSD(0.3), route=balanced, allow_degenerate=True, **axes)
     shift = WORLDS["eos"].moments_of(wrong).mean - WORLDS["eos"].moments_of(Objective(GeneralizedJSD(0.3), **axes)).mean
     assert shift.abs().max() > 1e-3  # another divergence is not balanced by the destinations of the reverse KL
+
+
+class AsTheStudentLikes(CounterfactualRoute):
+    """c = p."""
+
+    def score(self, world: World, ahead: torch.Tensor | None = None) -> Routed:
+        share = torch.full_like(world.student[:, 0], self.strength).detach()
+        return Routed((world.student.detach().exp() * world.student).sum(-1), share)
+
+
+@each_world
+def test_routing_to_the_students_own_law_is_the_plain_gradient(name: str) -> None:
+    plain = WORLDS[name].gradients_of(routed(Vanilla()))
+    for strength in (0.3, 1.0):
+        close(WORLDS[name].gradients_of(routed(AsTheStudentLikes("canonical", strength))), plain, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("route", "steps"),
+    [
+        (Vanilla(), 81),
+        (CounterfactualRoute("canonical", 1.0), 43),
+        (CounterfactualRoute("geometric", 1.0, alpha=0.5), 42),
+        (CounterfactualRoute("geometric", 1.0, alpha=1.0), 43),
+    ],
+    ids=lambda x: getattr(x, "title", "") or "plain",
+)
+def test_golden_training_reaches_the_teacher_monotonically(route: object, steps: int) -> None:
+    """Expected steps of size 1/2 from the golden state until KL < 0.01; routing halves their number."""
+    z, q = torch.tensor(P, dtype=torch.float64).log(), torch.tensor(Q, dtype=torch.float64)
+    kls: list[float] = []
+    while not kls or kls[-1] >= 0.01:
+        up = single_tokens(z.repeat(4, 1), q.log().repeat(4, 1), torch.arange(4), routed(route))
+        z = z + 0.5 * (z.softmax(-1)[:, None] * up).sum(0)
+        p = z.softmax(-1)
+        kls.append(float((p * (p / q).log()).sum()))
+        assert len(kls) < 200
+    assert abs(len(kls) - steps) <= 2
+    assert all(b < a for a, b in itertools.pairwise(kls))

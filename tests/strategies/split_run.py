@@ -1,4 +1,7 @@
-"""One optimizer step in float64 under a given split; writes loss and gradient. Run by test_splits.py, also on two processes."""
+"""Two optimizer steps, the second remembering the first, in float64 under a given split; writes loss and gradient.
+
+Run by test_splits.py, also on two processes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,17 @@ from opd_lightning import parallel
 from opd_lightning.callbacks import RolloutRefresh
 from opd_lightning.models import FrozenTeacher, Student
 from opd_lightning.module import OPDModule
-from opd_lightning.objectives import Constant, Objective, ReturnToGo, ReverseKL, SampledToken, SequenceMean, TopK
+from opd_lightning.objectives import (
+    BatchMean,
+    Constant,
+    GroupMean,
+    Objective,
+    ReturnToGo,
+    ReverseKL,
+    SampledToken,
+    SequenceMean,
+    TopK,
+)
 from opd_lightning.samplers import NativeSampler
 from tests.helpers import tiny_data, tiny_trainer
 
@@ -21,11 +34,13 @@ OBJECTIVES = {
     "token_mean": lambda: Objective(ReverseKL()),
     "sequence_mean": lambda: Objective(ReverseKL(), SampledToken(), ReturnToGo(), reduction=SequenceMean()),
     "constant": lambda: Objective(ReverseKL(), TopK(4, "union", "tail"), reduction=Constant(6.0)),
+    "group_mean": lambda: Objective(ReverseKL(), SampledToken(), ReturnToGo(), GroupMean()),
+    "batch_mean": lambda: Objective(ReverseKL(), SampledToken(), ReturnToGo(), BatchMean()),
 }
 
 
 class Keep(pl.Callback):
-    """Loss of the optimizer step over all ranks, and the gradient that reaches the optimizer."""
+    """Loss of the optimizer steps over all ranks, and the gradient that reaches the optimizer last."""
 
     def __init__(self) -> None:
         self.loss, self.gradient, self.lengths = 0.0, {}, set()
@@ -46,7 +61,7 @@ def run(root: Path, pair: tuple[Path, Path], objective: str, devices: int, micro
     keep = Keep()
     rollout = RolloutRefresh(sampler=NativeSampler(max_new_tokens=12), rollouts_per_prompt=2, seed=5)
     strategy = "ddp" if devices > 1 else "auto"
-    trainer = tiny_trainer(root, [rollout, keep], max_steps=1, devices=devices, strategy=strategy, enable_checkpointing=False)
+    trainer = tiny_trainer(root, [rollout, keep], max_steps=2, devices=devices, strategy=strategy, enable_checkpointing=False)
     trainer.fit(module, tiny_data(held_out=0, micro_batch_size=micro))
     return keep
 
