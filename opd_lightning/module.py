@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from opd_lightning import parallel
 from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
-from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, likeliest, prove_head
+from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, likeliest, pack_rows, prove_head
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
 from opd_lightning.models.teachers import AdapterOffTeacher, StartTeacher, Teacher
@@ -65,6 +65,8 @@ class OPDModule(pl.LightningModule):
         scheduler: called with the optimizer, stepped after every optimizer step; null keeps the learning rate.
         reference: a third, frozen model, for objectives that extrapolate from it or stay near it; null is the student as it
             was before the first step. It is loaded only where an objective needs it.
+        packed: score completions without padding, and what rows have in common (the prompt of a group) once. The result is the
+            same up to rounding; false is for finding faults.
     """
 
     def __init__(
@@ -75,10 +77,17 @@ class OPDModule(pl.LightningModule):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         reference: Teacher | None = None,
+        packed: bool = True,
     ) -> None:
         super().__init__()
         self._remember(
-            student=student, teacher=teacher, objective=objective, optimizer=optimizer, scheduler=scheduler, reference=reference
+            student=student,
+            teacher=teacher,
+            objective=objective,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            reference=reference,
+            packed=packed,
         )
         teacher.check(student)
         reference = reference or (AdapterOffTeacher() if student.lora else StartTeacher())
@@ -89,7 +98,7 @@ class OPDModule(pl.LightningModule):
             raise ValueError(f"{teacher!r} has no network, but the objective compares with one: use `support: WrittenToken`")
         self.recipe, self.teacher, self.objective, self.reference = student, teacher, objective, reference
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-4)
-        self.scheduler = scheduler
+        self.scheduler, self.packed = scheduler, packed
         self.agreement_k = 0  # set by AgreementMonitor
         self.writer, self.sampler = "student", NativeSampler()  # of predict; set by `opd generate` and CompletionEval
         self.phases: list[Phase] = []
@@ -141,6 +150,8 @@ class OPDModule(pl.LightningModule):
         prove_head(student)
         for model in self._frozen.values():
             model.build(student)
+        for scored in (student, *self._own_models()) if self.packed else ():
+            pack_rows(scored)
         self._trained_names = {f"student.{n}" for n, p in student.named_parameters() if p.requires_grad}
         if not self._trained_names:
             raise ValueError("no parameter of the student is trainable")

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from opd_lightning.models.attention import NAME as PACKED
+from opd_lightning.models.attention import completion_states, line_states, window_of
 from opd_lightning.models.lora import base_of
+from opd_lightning.models.packing import lay_out
 from opd_lightning.ops.heads import Head
 from opd_lightning.ops.masks import flatten_completions
 from opd_lightning.types import Rendering
@@ -58,13 +62,9 @@ def head_of(model: nn.Module, vocab: int | None = None) -> Head:
 
 
 def laws_of(model: nn.Module, text: Rendering, vocab: int) -> DenseLaws:
-    """Laws at the completion tokens of right-padded rows.
-
-    Padding stands behind every real token, so causal attention never sees it and no attention mask is needed.
-    """
+    """Laws at the completion tokens of right-padded rows."""
     decoder: Any = base_of(model).get_decoder()  # type: ignore[operator]
-    hidden = decoder(input_ids=text.ids, use_cache=False).last_hidden_state
-    return DenseLaws(flatten_completions(hidden, text.mask), head_of(model, vocab), vocab)
+    return DenseLaws(completion_states(decoder, text), head_of(model, vocab), vocab)
 
 
 RANKED = 256
@@ -123,3 +123,46 @@ def prove_head(model: nn.Module) -> None:
             f"{type(base).__name__} transforms its logits in a way that is not known here (largest difference "
             f"{(found - expected).abs().max():.3g}); please report the architecture"
         )
+
+
+def pack_rows(model: nn.Module) -> bool:
+    """Let a model score completions without padding and with shared beginnings computed once, if that proves exact.
+
+    The model then carries `PACKED` as its attention implementation. Otherwise it is left as it was, and a line says why.
+
+    Returns:
+        whether it packs.
+    """
+    base: Any = base_of(model)
+    decoder = base.get_decoder()
+    before = decoder.config._attn_implementation
+    if before == PACKED:
+        return True
+    reason = f"its attention implementation is {before!r}, not 'sdpa'"
+    if before == "sdpa":
+        decoder.set_attn_implementation(PACKED)
+        reason = _why_not(model, decoder)
+    if reason:
+        decoder.set_attn_implementation(before)
+        rank_zero_info(f"{type(base).__name__} scores padded rows: {reason}")
+    elif (window := window_of(decoder)) is not None:
+        rank_zero_info(f"{type(base).__name__} scores rows of more than {window} tokens padded: its attention has a window")
+    return not reason
+
+
+@torch.no_grad()
+def _why_not(model: nn.Module, decoder: Any) -> str:
+    """Empty if packed and padded rows give the same states on a few tokens."""
+    vocab = decoder.get_input_embeddings().num_embeddings
+    begun = [i * 7 % vocab for i in range(1, 9)]
+    completions = [[i * k % vocab for i in range(1, n)] for k, n in ((11, 8), (13, 6), (17, 8))]
+    text = Rendering.of([begun, begun, begun[1:4]], completions, 0).map(lambda x: x.to(decoder.device))
+    try:
+        with evaluating(model):
+            expected = flatten_completions(decoder(input_ids=text.ids, use_cache=False).last_hidden_state, text.mask)
+            found = line_states(decoder, lay_out(text, worth_sharing=1))
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        return f"a packed forward pass ends with {type(error).__name__}: {error}"
+    difference = float((found - expected).norm() / expected.norm())
+    allowed = torch.finfo(expected.dtype).eps ** 0.5
+    return "" if difference <= allowed else f"packed states differ by {difference:.2g} (relative; {allowed:.2g} is allowed)"

@@ -14,6 +14,7 @@ import torch
 
 from opd_lightning import parallel
 from opd_lightning.callbacks import RolloutRefresh
+from opd_lightning.data import Addition, TaskPrompts
 from opd_lightning.models import FrozenTeacher, Student
 from opd_lightning.module import OPDModule
 from opd_lightning.objectives import (
@@ -53,23 +54,29 @@ class Keep(pl.Callback):
         self.gradient = {n: p.grad.detach().clone() for n, p in module.student.named_parameters()}
 
 
-def run(root: Path, pair: tuple[Path, Path], objective: str, devices: int, micro: int) -> Keep:
+def run(
+    root: Path, pair: tuple[Path, Path], objective: str, devices: int, micro: int, packed: bool = True, digits: int = 2
+) -> Keep:
     pl.seed_everything(0, verbose=False)
     module = OPDModule(
-        Student(str(pair[0]), dtype="float64"), FrozenTeacher(str(pair[1]), dtype="float64"), OBJECTIVES[objective]()
+        Student(str(pair[0]), dtype="float64"),
+        FrozenTeacher(str(pair[1]), dtype="float64"),
+        OBJECTIVES[objective](),
+        packed=packed,
     )
     keep = Keep()
     rollout = RolloutRefresh(sampler=NativeSampler(max_new_tokens=12), rollouts_per_prompt=2, seed=5)
     strategy = "ddp" if devices > 1 else "auto"
     trainer = tiny_trainer(root, [rollout, keep], max_steps=2, devices=devices, strategy=strategy, enable_checkpointing=False)
-    trainer.fit(module, tiny_data(held_out=0, micro_batch_size=micro))
+    prompts = TaskPrompts(Addition(digits=digits), size=40, seed=3)
+    trainer.fit(module, tiny_data(prompts=prompts, held_out=0, micro_batch_size=micro))
     return keep
 
 
 if __name__ == "__main__":
     root, student, teacher, *cases = sys.argv[1:]
     for case in cases:
-        name, micro = case.split(":")
-        kept = run(Path(root), (Path(student), Path(teacher)), name, devices=2, micro=int(micro))
+        name, micro, digits = case.split(":")
+        kept = run(Path(root), (Path(student), Path(teacher)), name, devices=2, micro=int(micro), digits=int(digits))
         if parallel.rank() == 0:
             torch.save({"loss": kept.loss, "gradient": kept.gradient}, Path(root) / f"{case}.pt")

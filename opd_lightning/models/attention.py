@@ -1,0 +1,144 @@
+"""A decoder over a line of segments: transformers' own forward with an attention implementation that knows layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from opd_lightning.models.packing import WORTH_SHARING, Call, Layout, lay_out
+from opd_lightning.ops.masks import flatten_completions
+from opd_lightning.types import Rendering
+
+NAME = "opd_packed"
+"""How the configuration of a decoder calls this implementation: ``sdpa``, which also knows layouts."""
+
+UNKNOWN = ("softcap", "s_aux", "position_bias")
+"""What some architectures add to their attention scores; here it would be lost."""
+
+SHORT = 128
+"""Up to so many queries a row, the bfloat16 backward pass of torch 2.13 on a CPU takes 2.5 to 4 times as long as float32 does;
+at about 200 they are even."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    opd_layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention inside each row of the layout; without a layout, transformers' own ``sdpa``.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, M, d) of the whole line.
+        key: (1, key heads, M, d).
+        value: (1, key heads, M, d').
+        attention_mask: unread where there is a layout.
+        dropout: probability.
+        scaling: of the scores; None is ``d ** -0.5``.
+        opd_layout: where the segments are.
+
+    Returns:
+        (1, M, heads, d'), and None for the weights, which never exist.
+
+    Raises:
+        NotImplementedError: if the layer asks for scores that are not scaled products.
+    """
+    if opd_layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[return-value]
+    added = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if added or kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"{type(module).__name__} is not plain causal attention ({', '.join(added) or 'not causal'})")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (M, heads, d)
+    out = [_attend(call, q, k, v, dropout, scaling) for call in opd_layout.calls]
+    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None) -> Tensor:
+    """(own tokens, heads, d) of the segments of one call."""
+    own = slice(*call.span)
+    queries, keys, values = _rows(q[own], call), _with_context(k, call), _with_context(v, call)
+    slow = q.is_cpu and q.dtype == torch.bfloat16 and call.length <= SHORT and any(x.requires_grad for x in (q, k, v))
+    if slow:
+        queries, keys, values = queries.float(), keys.float(), values.float()
+    grouped = queries.shape[1] != keys.shape[1]
+    if grouped and call.mask is not None and not q.is_cpu:  # on a GPU, groups with a mask end in the slow kernel
+        keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], 1) for x in (keys, values))
+        grouped = False
+    states: Tensor = scaled_dot_product_attention(
+        queries, keys, values, call.mask, dropout, is_causal=call.mask is None, scale=scaling, enable_gqa=grouped
+    )
+    out = states.to(q.dtype).transpose(1, 2).flatten(0, 1)
+    return out if call.unpad is None else out.index_select(0, call.unpad)
+
+
+def _rows(x: Tensor, call: Call) -> Tensor:
+    """(rows, heads, length, d) of the call's own tokens. Padding stands behind a row's tokens, which never look at it."""
+    x = x if call.pad is None else x.index_select(0, call.pad)
+    return x.view(call.rows, call.length, *x.shape[1:]).transpose(1, 2)
+
+
+def _with_context(x: Tensor, call: Call) -> Tensor:
+    """(rows, heads, context + length, d)."""
+    own = _rows(x[slice(*call.span)], call)
+    before = [x[slice(*span)].transpose(0, 1).expand(call.rows, -1, -1, -1) for span in call.context]
+    return torch.cat([*before, own], 2) if before else own
+
+
+def completion_states(decoder: Any, text: Rendering) -> Tensor:
+    """(N, D) hidden states at the completion tokens of right-padded rows, row by row.
+
+    Without `opd_lightning.models.distributions.pack_rows`, and for rows longer than an attention window, whole rows pass the
+    decoder: padding stands behind every real token, so causal attention never sees it and no attention mask is needed.
+    """
+    if _packs(decoder, text):
+        return line_states(decoder, lay_out(text, None if _draws(decoder) else WORTH_SHARING))
+    return flatten_completions(decoder(input_ids=text.ids, use_cache=False).last_hidden_state, text.mask)
+
+
+def line_states(decoder: Any, layout: Layout) -> Tensor:
+    """(N, D) hidden states at the scored positions of a layout."""
+    unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.ids.device)  # without it, a mask of M x M would be made
+    out = decoder(
+        input_ids=layout.ids,
+        position_ids=layout.positions,
+        attention_mask=unread,
+        use_cache=False,
+        opd_layout=layout,  # a keyword reaches the layers, also when gradient checkpointing runs them again
+    )
+    states: Tensor = out.last_hidden_state[0].index_select(0, layout.scored)
+    return states
+
+
+def window_of(decoder: Any) -> int | None:
+    """Longest row that every layer of a decoder sees as a whole; None if there is no such limit."""
+    windows = (getattr(decoder.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((w for w in windows if w), default=None)
+
+
+def _packs(decoder: Any, text: Rendering) -> bool:
+    rows, length = text.ids.shape
+    return rows > 0 and decoder.config._attn_implementation == NAME and length <= (window_of(decoder) or length)
+
+
+def _draws(decoder: Any) -> bool:
+    """Whether a forward pass draws random numbers: then rows that share a beginning would share its draws."""
+    if not decoder.training:
+        return any(isinstance(m, nn.Dropout) and m.training and m.p for m in decoder.modules())
+    rates = [v for k, v in vars(decoder.config).items() if "drop" in k and isinstance(v, float)]
+    return any(rates) or any(isinstance(m, nn.Dropout) and m.p for m in decoder.modules())
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
