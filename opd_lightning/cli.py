@@ -66,7 +66,7 @@ def _near(wrong: str, known: Iterable[str], what: str) -> str:
 
 def _components() -> list[type]:
     """Everything that a configuration can name."""
-    found: list[type] = [OPDModule, PromptDataModule, OPDTrainer, LoRA, *Configurable.__subclasses__()]
+    found: list[type] = [OPDModule, PromptDataModule, OPDTrainer, pl.Trainer, LoRA, *Configurable.__subclasses__()]
     for cls in found:  # grows while it is read
         below: list[type] = cls.__subclasses__()
         found += [c for c in below if c not in found]

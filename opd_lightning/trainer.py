@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from opd_lightning.callbacks import (
     ColdStart,
@@ -43,11 +43,20 @@ CORE = (RNGState, TimeTable, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoi
 class OPDTrainer(pl.Trainer):
     """Lightning's Trainer. Missing core callbacks (random states, monitor, checkpoints, clean stop, NaN guard, progress bar)
     and a CSV logger below ``default_root_dir`` are added; everything else is Lightning's own.
+
+    Args:
+        float32_matmul: precision of float32 matrix products: ``highest``, ``high`` or ``medium``, as in
+            `torch.set_float32_matmul_precision`; null leaves torch's own. What a lower one does depends on the machine: two to
+            three times faster on many CPUs, with float32's own relative error (4e-7) where they have no bfloat16 tiles (AMX),
+            and bfloat16's (2e-3) where they do; TF32 (3e-4) on NVIDIA GPUs. The error on this machine is measured and printed.
+        **kwargs: Lightning's.
     """
 
-    @functools.wraps(pl.Trainer.__init__)  # type: ignore[misc]  # the command line reads the arguments and their help from Lightning's signature
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**_with_core(kwargs))
+    def __init__(self, *, float32_matmul: Literal["highest", "high", "medium"] | None = None, **kwargs: Any) -> None:
+        kwargs = _with_core(kwargs)
+        super().__init__(**kwargs)
+        if float32_matmul is not None:
+            _set_precision(float32_matmul, self.strategy.root_device)
 
     def generate(
         self,
@@ -105,6 +114,19 @@ class OPDTrainer(pl.Trainer):
             model.on_load_checkpoint(state)
             model.load_state_dict(state["state_dict"], strict=False)
         print(f"exported to {model.export(folder, merge)}")
+
+
+def _set_precision(float32_matmul: str, device: torch.device) -> None:
+    allowed = ("highest", "high", "medium")
+    if float32_matmul not in allowed:
+        raise ValueError(f"trainer.float32_matmul={float32_matmul!r}: allowed are {', '.join(allowed)}, or null")
+    torch.set_float32_matmul_precision(float32_matmul)
+    a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ b.double()
+    error = float(((a.to(device) @ b.to(device)).cpu() - exact).norm() / exact.norm())
+    rank_zero_info(
+        f"float32 matrix products have a relative error of {error:.1e} here (trainer.float32_matmul={float32_matmul})"
+    )
 
 
 def _with_core(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""What OPDTrainer adds to Lightning's Trainer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd_lightning import trainer as trainer_module
+from tests.helpers import tiny_trainer
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is printed on rank zero; torch's precision is put back afterwards."""
+    before, found = torch.get_float32_matmul_precision(), []
+    monkeypatch.setattr(trainer_module, "rank_zero_info", found.append)
+    yield found
+    torch.set_float32_matmul_precision(before)
+
+
+def test_the_precision_of_float32_products_is_set_and_measured(tmp_path: Path, lines: list[str]) -> None:
+    tiny_trainer(tmp_path)
+    assert lines == [] and torch.get_float32_matmul_precision() == "highest"
+    errors = {}
+    for precision in ("highest", "medium"):
+        tiny_trainer(tmp_path, float32_matmul=precision)
+        assert torch.get_float32_matmul_precision() == precision
+        errors[precision] = float(re.search(r"error of (\S+) here", lines.pop()).group(1))
+    assert 0 < errors["highest"] < 1e-6
+    assert errors["highest"] / 2 < errors["medium"] < 1e-2  # float32's own, or bfloat16's on a CPU with AMX
+
+
+def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.float32_matmul='low'.*medium"):
+        tiny_trainer(tmp_path, float32_matmul="low")
