@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from opd_lightning import parallel
 from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
-from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, likeliest, prove_head
+from opd_lightning.models.distributions import evaluating, laws_of, likeliest, prove_head
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
 from opd_lightning.models.teachers import AdapterOffTeacher, StartTeacher, Teacher
@@ -32,7 +32,7 @@ from opd_lightning.objectives import Extras, Objective
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold, run_seed
 from opd_lightning.sources import Source
-from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rendering, Rollout
+from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rendering, Rollout, TokenLaws
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class OPDModule(pl.LightningModule):
         if self.student is not None:
             return
         rows = {"student": int(self.recipe.config().get_text_config().vocab_size)}
-        for name, model in self._frozen.items():
+        for name, model in self._leaves().items():
             if (theirs := model.tokenizer()) is not None:
                 prove_same_tokens(self.vocabulary.tokenizer, theirs)
             if (their_rows := model.rows()) is not None:
@@ -136,11 +136,11 @@ class OPDModule(pl.LightningModule):
     def configure_model(self) -> None:
         if self.student is not None:  # called again by every fit, validate and predict
             return
-        rank_zero_info(f"building {self.recipe!r} and {', '.join(map(repr, self._frozen.values()))}")
+        rank_zero_info(f"building {self.recipe!r} and {', '.join(map(repr, self._asked.values()))}")
         student = self.recipe.build()
         prove_head(student)
-        for model in self._frozen.values():
-            model.build(student)
+        for model in self._leaves().values():
+            model.build(student, share=self.device_mesh is None)
         self._trained_names = {f"student.{n}" for n, p in student.named_parameters() if p.requires_grad}
         if not self._trained_names:
             raise ValueError("no parameter of the student is trainable")
@@ -156,7 +156,7 @@ class OPDModule(pl.LightningModule):
         rank_zero_info(f"student: {trainable_report(student)}")
 
     @property
-    def _frozen(self) -> dict[str, Teacher]:
+    def _asked(self) -> dict[str, Teacher]:
         """The models that are asked; a reference that no objective needs is not even loaded."""
         needed = any(o.needs_reference for o in self._objectives)
         return {"teacher": self.teacher} | ({"reference": self.reference} if needed else {})
@@ -169,8 +169,21 @@ class OPDModule(pl.LightningModule):
         """Which of the run's objectives; -1 for a foreign one."""
         return next((i for i, own in enumerate(self._objectives) if own is objective), -1)
 
+    def _leaves(self) -> dict[str, Teacher]:
+        """The same, taken apart into networks: ``teacher``, ``reference``, ``teacher.code``, ..."""
+        return {
+            f"{name}.{inner}" if inner else name: leaf
+            for name, model in self._asked.items()
+            for inner, leaf in model.leaves().items()
+        }
+
     def _own_models(self) -> list[nn.Module]:
-        return [own for model in self._frozen.values() if (own := model.own_model()) is not None]
+        return [own for model in self._leaves().values() if (own := model.own_model()) is not None]
+
+    def after_step(self) -> None:
+        """Let the teachers that follow the student take their step; `TeacherUpdate` calls it after the optimizer's."""
+        for model in self._leaves().values():
+            model.after_step(self._student, self.global_step)
 
     def _new_critic(self) -> nn.Linear:
         """A linear head on the student's hidden states that starts at zero; no gradient flows into the student through it."""
@@ -213,14 +226,25 @@ class OPDModule(pl.LightningModule):
     ) -> list[Completion]:
         """Completions of the ``student`` or the ``teacher``, without gradient, each behind its own prompt."""
         student = self._student
-        own = self.teacher.own_model()
-        with evaluating(student), parallel.whole_weights(student, own):
+        owns = self._own_models() if who != "student" else []
+        with evaluating(student), parallel.whole_weights(student, *owns):
             if who == "student":
                 ids = [p.ids for p in prompts]
                 return sampler.write(student, ids, seeds, self.vocabulary, self.global_step, on_progress)
-            ids = [p.teacher_ids or p.ids for p in prompts]
-            with self.teacher.speaking(student) as model:
-                return sampler.write(model, ids, seeds, self.vocabulary, NOT_A_STUDENT, on_progress)
+            written: dict[int, Completion] = {}
+            voices = [self.teacher.writer(p) for p in prompts]
+            for voice in {id(v): v for v in voices}.values():
+                rows = [i for i, v in enumerate(voices) if v is voice]
+                ids = [prompts[i].teacher_ids or prompts[i].ids for i in rows]
+                with voice.speaking(student) as model:
+                    own = sampler.write(model, ids, [seeds[i] for i in rows], self.vocabulary, NOT_A_STUDENT, on_progress)
+                written |= zip(rows, own, strict=True)
+            return [written[i] for i in range(len(prompts))]
+
+    def join(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Rollout:
+        """Prompts with what was written behind them, ready to be scored. Rows without privileged information stay in."""
+        rollout = Rollout.of(prompts, completions, self.vocabulary.pad_id)
+        return rollout.routed(torch.tensor([self.teacher.route(p) for p in prompts])) if self.teacher.routes else rollout
 
     def top_ids(self, rollout: Rollout, k: int, rows: int) -> torch.Tensor:
         """(B, T, k) the student's likeliest tokens as it is now; see `opd_lightning.models.distributions.likeliest`."""
@@ -245,11 +269,8 @@ class OPDModule(pl.LightningModule):
 
         return parallel.run_inside(base_of(self._student), compare)
 
-    def _ask(self, model: Teacher, text: Rendering) -> DenseLaws:
-        """A frozen model's laws, computed inside its own sharding where it has one."""
-        answer = functools.partial(model.laws, self._student, text, self.vocabulary.size)
-        own = model.own_model()
-        return parallel.run_inside(base_of(own), answer) if own is not None else answer()
+    def _ask(self, model: Teacher, text: Rendering) -> TokenLaws:
+        return model.laws(self._student, text, self.vocabulary.size)
 
     @property
     def progress(self) -> float:
@@ -320,14 +341,21 @@ class OPDModule(pl.LightningModule):
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what training changes: the frozen base of a LoRA student and the teacher are not in the file."""
+        """Keep what training changes: the frozen base of a LoRA student is not in the file, and of the teachers only those
+        that move.
+        """
         checkpoint["past_advantages"] = {"past": self.past, "seen": self._seen}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self._trained_names}
+        checkpoint["teachers"] = {name: state for name, model in self._leaves().items() if (state := model.state_dict())}
         _optimizer_states_by_name(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint.get("past_advantages", {"past": {}, "seen": []})
         self.past, self._seen = dict(kept["past"]), list(kept["seen"])
+        found_teachers = checkpoint.get("teachers", {})
+        for name, model in self._leaves().items():
+            if name in found_teachers:
+                model.load_state_dict(found_teachers[name])
         if "state_dict" not in checkpoint:  # sharded strategies load the weights themselves
             return
         found = set(checkpoint["state_dict"])

@@ -143,3 +143,34 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return whole
     return {k: v.detach().cpu() for k, v in model.state_dict().items()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached CPU copy, gathered if it is sharded. All ranks must call it."""
+    gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    copied: torch.Tensor = gathered.detach().to("cpu", copy=True)
+    return copied
+
+
+@torch.no_grad()
+def put_whole(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Inverse of `whole`, in place: a sharded tensor takes its own part."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(tensor, DTensor):
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
+    tensor.copy_(values)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered weights, so that what is changed next are the parts that FSDP2 keeps."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+def is_cut(model: nn.Module | None) -> bool:
+    """Whether a network is sharded, so that all ranks must ask it equally often."""
+    return model is not None and hasattr(model, "run_inside")

@@ -85,7 +85,7 @@ class CompletionEval(pl.Callback):
         if not trainer.datamodule.eval_prompts:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, OPDModule)
-        if not self.history and pl_module.teacher.answers:
+        if not self.history and pl_module.teacher.writes:
             self._publish(trainer, self.measure(trainer, pl_module, "teacher"))
         step = trainer.global_step
         due = step == 0 or (self.every_n_steps and step % self.every_n_steps == 0)
@@ -174,9 +174,8 @@ class CompletionEval(pl.Callback):
     def _divergence(
         self, pl_module: OPDModule, prompts: list[Prompt], written: list[Completion], size: int, mean: TokenMean
     ) -> None:
-        pad = pl_module.vocabulary.pad_id
         for start in range(0, len(prompts), size):
-            rollout = Rollout.of(prompts[start : start + size], written[start : start + size], pad)
+            rollout = pl_module.join(prompts[start : start + size], written[start : start + size])
             counted = rollout.row >= 0
             out = pl_module.score(rollout.to(pl_module.device), REVERSE_KL)
             per_token = out.stats.values["reverse_kl"]

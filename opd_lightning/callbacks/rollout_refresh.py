@@ -235,7 +235,7 @@ class RolloutRefresh(pl.Callback):
         objective = pl_module.objective_at(first_step)
         with pl_module.clock.phase("rollout", whole=True):
             completions = self.source_at(pl_module, first_step).produce(prompts, writers)
-            rollout = Rollout.of(prompts, completions, pl_module.vocabulary.pad_id)
+            rollout = pl_module.join(prompts, completions)
             rollout = replace(rollout, group_size=self.rollouts_per_prompt)
             if k := min(objective.record_top_k, pl_module.vocabulary.size):
                 with trainer.precision_plugin.forward_context():
