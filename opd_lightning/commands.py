@@ -212,6 +212,31 @@ def doctor(words: list[str], read: Reader) -> int:
     return 0
 
 
+PAIR = """Shows what student and teacher read for the same row, in two columns, as their templates render it: + is what only the
+teacher reads, | lines that differ. Lines with ! name what differs beside the information: where the completion begins, thinking
+mode, chat templates, tokens that end a text. No weights are loaded."""
+
+
+def inspect_pair(words: list[str], read: Reader) -> int:
+    """``opd inspect-pair``."""
+    parser = argparse.ArgumentParser(
+        "opd inspect-pair",
+        description=PAIR,
+        epilog="example: opd inspect-pair -c experiments/smollm2_system_prompt.yaml\nother keys of `opd fit` are understood",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
+    parser.add_argument("--rows", type=int, default=1, help="rows of the training set (default: %(default)s)")
+    parser.add_argument("--width", type=int, help="characters of a line (default: the terminal's)")
+    given, flags = parser.parse_known_args(words)
+    from opd_lightning.inspect.pairs import show as show_pair
+
+    setup = read([*(word for name in given.config for word in ("-c", name)), *flags])
+    print(show_pair(setup, given.rows, given.width or shutil.get_terminal_size((120, 24)).columns))
+    return 0
+
+
 COMMANDS: dict[str, Any] = {"report": report, "zoo": {"build": build, "list": show}}
 """Verbs whose arguments are read from the signature."""
 OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
@@ -219,6 +244,7 @@ OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "configs": configs,
     "diff": diff,
     "doctor": doctor,
+    "inspect-pair": inspect_pair,
     "race": race,
     "validate-config": validate_config,
 }
@@ -230,6 +256,7 @@ verbs that train nothing themselves:
     configs             List what ships, or the methods as a table with their bias and noise.
     validate-config     Check a configuration without loading weights, and say what it descends.
     doctor              Say before a run how long a step and how much memory it will take.
+    inspect-pair        Show both prompts of a row side by side, as student and teacher read them.
     diff                Compare two configurations in terms of what they train.
     race                Train several methods with several seeds and compare them.
     report              Table and report of a run, finished or not.
