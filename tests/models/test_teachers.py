@@ -306,7 +306,7 @@ def test_the_student_of_a_run_teaches(kind: str, pair: tuple[Path, Path], tmp_pa
 
 
 def test_a_path_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a folder"):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         CheckpointTeacher(str(tmp_path / "nothing.ckpt"))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="no checkpoint of this package"):

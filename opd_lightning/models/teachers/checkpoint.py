@@ -27,23 +27,23 @@ class CheckpointTeacher(FrozenTeacher):
     comes first.
 
     Args:
-        path: a ``.ckpt`` file, or a folder with a model or an adapter.
+        path: a ``.ckpt`` file, a folder with a model or an adapter, or any other path that `FrozenTeacher` takes.
         dtype: of the weights of a folder; a checkpoint's are what its own recipe says.
 
     Raises:
-        FileNotFoundError: if there is nothing at the path.
+        FileNotFoundError: for a ``.ckpt`` file that does not exist.
     """
 
     def __init__(self, path: str, dtype: str = "float32") -> None:
         super().__init__(path, dtype)
         self.file = Path(path).expanduser()
-        if not self.file.exists():
-            raise FileNotFoundError(f"model.teacher.path={path!r}: there is neither a checkpoint nor a folder")
+        if self.is_run and not self.file.is_file():
+            raise FileNotFoundError(f"model.teacher.path={path!r}: there is no such checkpoint")
 
     @property
     def is_run(self) -> bool:
         """Whether the path is a checkpoint of this package."""
-        return self.file.is_file() and self.file.suffix == ".ckpt"
+        return self.file.suffix == ".ckpt"
 
     @cached_property
     def _checkpoint(self) -> dict[str, Any]:
