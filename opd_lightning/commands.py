@@ -237,6 +237,25 @@ def inspect_pair(words: list[str], read: Reader) -> int:
     return 0
 
 
+FLOOR = """Trains a toy student towards a teacher that is told more: one rule for all rows, or another answer for every row, in
+both directions of the KL. Prints how much of the divergence goes, the floor that the closed form gives, and whether what was
+learned reaches contexts that were never trained on. The folder gets floor.json and floor.png."""
+
+
+def pi_floor(words: list[str], read: Reader) -> int:
+    """``opd pi-floor``."""
+    parser = argparse.ArgumentParser("opd pi-floor", description=FLOOR, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/pi_floor"), help="where it writes (default: %(default)s)")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="worlds (default: 0 1 2)")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each training (default: %(default)s)")
+    given = parser.parse_args(words)
+    from opd_lightning.inspect import floor
+
+    print(floor.table(floor.run(given.folder, given.seeds, given.steps)))
+    print(f"plot: {given.folder / 'floor.png'}")
+    return 0
+
+
 COMMANDS: dict[str, Any] = {"report": report, "zoo": {"build": build, "list": show}}
 """Verbs whose arguments are read from the signature."""
 OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
@@ -245,6 +264,7 @@ OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "diff": diff,
     "doctor": doctor,
     "inspect-pair": inspect_pair,
+    "pi-floor": pi_floor,
     "race": race,
     "validate-config": validate_config,
 }
@@ -258,6 +278,7 @@ verbs that train nothing themselves:
     doctor              Say before a run how long a step and how much memory it will take.
     inspect-pair        Show both prompts of a row side by side, as student and teacher read them.
     diff                Compare two configurations in terms of what they train.
+    pi-floor            Show in a toy what a student can learn from a teacher that is told more.
     race                Train several methods with several seeds and compare them.
     report              Table and report of a run, finished or not.
     audit-loss          Say which gradient a token loss of your own follows, and which known mistake it makes.
