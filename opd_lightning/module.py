@@ -204,7 +204,7 @@ class OPDModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self._place_teacher()
         if self._checkpoint is not None:
-            _optimizer_states_by_position(self, self._checkpoint)
+            parallel.optimizer_states_by_position(self, self._checkpoint)
             self._checkpoint = None
 
     on_validation_start = on_test_start = on_predict_start = _place_teacher
@@ -347,7 +347,7 @@ class OPDModule(pl.LightningModule):
         checkpoint["past_advantages"] = {"past": self.past, "seen": self._seen}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self._trained_names}
         checkpoint["teachers"] = {name: state for name, model in self._leaves().items() if (state := model.state_dict())}
-        _optimizer_states_by_name(self, checkpoint)
+        parallel.optimizer_states_by_name(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint.get("past_advantages", {"past": {}, "seen": []})
@@ -383,30 +383,3 @@ class OPDModule(pl.LightningModule):
         student.save_pretrained(target)
         self.vocabulary.tokenizer.save_pretrained(target)
         return target
-
-
-def _optimizer_states_by_name(module: OPDModule, checkpoint: dict[str, Any]) -> None:
-    """Key optimizer states by parameter name, so that a checkpoint moves between strategies."""
-    names = list(parallel.parameter_names(module))
-    renamed = []
-    for state in checkpoint.get("optimizer_states", []):
-        if not state or any(isinstance(i, str) for g in state["param_groups"] for i in g["params"]):
-            renamed.append(state)  # empty on ranks > 0, or by name already (distributed folder)
-            continue
-        groups = [{**g, "params": [names[i] for i in g["params"]]} for g in state["param_groups"]]
-        renamed.append({"state": {names[i]: s for i, s in state["state"].items()}, "param_groups": groups})
-    checkpoint["optimizer_states"] = renamed
-
-
-def _optimizer_states_by_position(module: OPDModule, checkpoint: dict[str, Any]) -> None:
-    """The reverse for plain strategies, which restore by position; sharded ones read names themselves."""
-    if parallel.is_sharded(module.trainer.strategy):
-        return
-    index = {name: i for i, name in enumerate(parallel.parameter_names(module))}
-    checkpoint["optimizer_states"] = [
-        {
-            "state": {index[n]: s for n, s in state["state"].items()},
-            "param_groups": [{**g, "params": [index[n] for n in g["params"]]} for g in state["param_groups"]],
-        }
-        for state in checkpoint.get("optimizer_states", [])
-    ]

@@ -171,6 +171,28 @@ def reshard(model: nn.Module) -> None:
             unit.reshard()
 
 
-def is_cut(model: nn.Module | None) -> bool:
-    """Whether a network is sharded, so that all ranks must ask it equally often."""
-    return model is not None and hasattr(model, "run_inside")
+def optimizer_states_by_name(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Key optimizer states by parameter name, so that a checkpoint moves between strategies."""
+    names = list(parameter_names(module))
+    renamed = []
+    for state in checkpoint.get("optimizer_states", []):
+        if not state or any(isinstance(i, str) for g in state["param_groups"] for i in g["params"]):
+            renamed.append(state)  # empty on ranks > 0, or by name already (distributed folder)
+            continue
+        groups = [{**g, "params": [names[i] for i in g["params"]]} for g in state["param_groups"]]
+        renamed.append({"state": {names[i]: s for i, s in state["state"].items()}, "param_groups": groups})
+    checkpoint["optimizer_states"] = renamed
+
+
+def optimizer_states_by_position(module: Any, checkpoint: dict[str, Any]) -> None:
+    """The reverse for plain strategies, which restore by position; sharded ones read names themselves."""
+    if is_sharded(module.trainer.strategy):
+        return
+    index = {name: i for i, name in enumerate(parameter_names(module))}
+    checkpoint["optimizer_states"] = [
+        {
+            "state": {index[n]: s for n, s in state["state"].items()},
+            "param_groups": [{**g, "params": [index[n] for n in g["params"]]} for g in state["param_groups"]],
+        }
+        for state in checkpoint.get("optimizer_states", [])
+    ]

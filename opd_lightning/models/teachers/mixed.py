@@ -205,7 +205,8 @@ class RoutedTeacher(Composite):
         members = []
         for number, member in enumerate(self.members.values()):
             rows = (text.route == number).nonzero().squeeze(-1)
-            cut = any(parallel.is_cut(leaf.own_model()) for leaf in member.leaves().values())
+            owns = [own for leaf in member.leaves().values() if (own := leaf.own_model()) is not None]
+            cut = any(parallel.is_cut(own) for own in owns)
             asked = text.select(rows if len(rows) or not cut else rows.new_zeros(1))
             members.append(member.laws(student, asked, vocab) if len(asked.ids) else None)
         owner = text.route[:, None].expand_as(text.mask)[text.mask]
@@ -324,4 +325,5 @@ class FunctionTeacher(Teacher):
             raise ValueError(
                 f"model.teacher.function returned {tuple(found.shape)}, expected (B, L - 1, V) = {(*text.mask.shape, vocab)}"
             )
-        return TableLaws(found[text.mask])
+        ours = next(student.parameters(), found).dtype  # an objective compares laws of one width
+        return TableLaws(found[text.mask].to(ours if ours.itemsize >= 4 else torch.float32))
