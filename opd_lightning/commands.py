@@ -212,6 +212,50 @@ def doctor(words: list[str], read: Reader) -> int:
     return 0
 
 
+PAIR = """Shows what student and teacher read for the same row, in two columns, as their templates render it: + is what only the
+teacher reads, | lines that differ. Lines with ! name what differs beside the information: where the completion begins, thinking
+mode, chat templates, tokens that end a text. No weights are loaded."""
+
+
+def inspect_pair(words: list[str], read: Reader) -> int:
+    """``opd inspect-pair``."""
+    parser = argparse.ArgumentParser(
+        "opd inspect-pair",
+        description=PAIR,
+        epilog="example: opd inspect-pair -c experiments/smollm2_system_prompt.yaml\nother keys of `opd fit` are understood",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
+    parser.add_argument("--rows", type=int, default=1, help="rows of the training set (default: %(default)s)")
+    parser.add_argument("--width", type=int, help="characters of a line (default: the terminal's)")
+    given, flags = parser.parse_known_args(words)
+    from opd_lightning.inspect.pairs import show as show_pair
+
+    setup = read([*(word for name in given.config for word in ("-c", name)), *flags])
+    print(show_pair(setup, given.rows, given.width or shutil.get_terminal_size((120, 24)).columns))
+    return 0
+
+
+FLOOR = """Trains a toy student towards a teacher that is told more: one rule for all rows, or another answer for every row, in
+both directions of the KL. Prints how much of the divergence goes, the floor that the closed form gives, and whether what was
+learned reaches contexts that were never trained on. The folder gets floor.json and floor.png."""
+
+
+def pi_floor(words: list[str], read: Reader) -> int:
+    """``opd pi-floor``."""
+    parser = argparse.ArgumentParser("opd pi-floor", description=FLOOR, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/pi_floor"), help="where it writes (default: %(default)s)")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="worlds (default: 0 1 2)")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each training (default: %(default)s)")
+    given = parser.parse_args(words)
+    from opd_lightning.inspect import floor
+
+    print(floor.table(floor.run(given.folder, given.seeds, given.steps)))
+    print(f"plot: {given.folder / 'floor.png'}")
+    return 0
+
+
 COMMANDS: dict[str, Any] = {"report": report, "zoo": {"build": build, "list": show}}
 """Verbs whose arguments are read from the signature."""
 OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
@@ -219,6 +263,8 @@ OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "configs": configs,
     "diff": diff,
     "doctor": doctor,
+    "inspect-pair": inspect_pair,
+    "pi-floor": pi_floor,
     "race": race,
     "validate-config": validate_config,
 }
@@ -230,7 +276,9 @@ verbs that train nothing themselves:
     configs             List what ships, or the methods as a table with their bias and noise.
     validate-config     Check a configuration without loading weights, and say what it descends.
     doctor              Say before a run how long a step and how much memory it will take.
+    inspect-pair        Show both prompts of a row side by side, as student and teacher read them.
     diff                Compare two configurations in terms of what they train.
+    pi-floor            Show in a toy what a student can learn from a teacher that is told more.
     race                Train several methods with several seeds and compare them.
     report              Table and report of a run, finished or not.
     audit-loss          Say which gradient a token loss of your own follows, and which known mistake it makes.

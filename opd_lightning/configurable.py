@@ -35,6 +35,8 @@ def to_plain(value: Any) -> Any:
             return {"class_path": class_path(classes[0]), "init_args": to_plain(value.keywords)}
     if isinstance(value, type):
         return {"class_path": class_path(value)}
+    if inspect.isfunction(value) and "<" not in value.__qualname__:  # importable by name, unlike a lambda or a closure
+        return f"{value.__module__}.{value.__qualname__}"
     if dataclasses.is_dataclass(value):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, dict):

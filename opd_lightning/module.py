@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from opd_lightning import parallel
 from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
-from opd_lightning.models.distributions import DenseLaws, evaluating, laws_of, likeliest, pack_rows, prove_head
+from opd_lightning.models.distributions import evaluating, laws_of, likeliest, pack_rows, prove_head
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
 from opd_lightning.models.teachers import AdapterOffTeacher, StartTeacher, Teacher
@@ -32,7 +32,7 @@ from opd_lightning.objectives import Extras, Objective
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold, run_seed
 from opd_lightning.sources import Source
-from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rendering, Rollout
+from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rendering, Rollout, TokenLaws
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class OPDModule(pl.LightningModule):
         if self.student is not None:
             return
         rows = {"student": int(self.recipe.config().get_text_config().vocab_size)}
-        for name, model in self._frozen.items():
+        for name, model in self._leaves().items():
             if (theirs := model.tokenizer()) is not None:
                 prove_same_tokens(self.vocabulary.tokenizer, theirs)
             if (their_rows := model.rows()) is not None:
@@ -145,11 +145,11 @@ class OPDModule(pl.LightningModule):
     def configure_model(self) -> None:
         if self.student is not None:  # called again by every fit, validate and predict
             return
-        rank_zero_info(f"building {self.recipe!r} and {', '.join(map(repr, self._frozen.values()))}")
+        rank_zero_info(f"building {self.recipe!r} and {', '.join(map(repr, self._asked.values()))}")
         student = self.recipe.build()
         prove_head(student)
-        for model in self._frozen.values():
-            model.build(student)
+        for model in self._leaves().values():
+            model.build(student, share=self.device_mesh is None)
         for scored in (student, *self._own_models()) if self.packed else ():
             pack_rows(scored)
         self._trained_names = {f"student.{n}" for n, p in student.named_parameters() if p.requires_grad}
@@ -167,7 +167,7 @@ class OPDModule(pl.LightningModule):
         rank_zero_info(f"student: {trainable_report(student)}")
 
     @property
-    def _frozen(self) -> dict[str, Teacher]:
+    def _asked(self) -> dict[str, Teacher]:
         """The models that are asked; a reference that no objective needs is not even loaded."""
         needed = any(o.needs_reference for o in self._objectives)
         return {"teacher": self.teacher} | ({"reference": self.reference} if needed else {})
@@ -180,8 +180,21 @@ class OPDModule(pl.LightningModule):
         """Which of the run's objectives; -1 for a foreign one."""
         return next((i for i, own in enumerate(self._objectives) if own is objective), -1)
 
+    def _leaves(self) -> dict[str, Teacher]:
+        """The same, taken apart into networks: ``teacher``, ``reference``, ``teacher.code``, ..."""
+        return {
+            f"{name}.{inner}" if inner else name: leaf
+            for name, model in self._asked.items()
+            for inner, leaf in model.leaves().items()
+        }
+
     def _own_models(self) -> list[nn.Module]:
-        return [own for model in self._frozen.values() if (own := model.own_model()) is not None]
+        return [own for model in self._leaves().values() if (own := model.own_model()) is not None]
+
+    def after_step(self) -> None:
+        """Let the teachers that follow the student take their step; `TeacherUpdate` calls it after the optimizer's."""
+        for model in self._leaves().values():
+            model.after_step(self._student, self.global_step)
 
     def _new_critic(self) -> nn.Linear:
         """A linear head on the student's hidden states that starts at zero; no gradient flows into the student through it."""
@@ -202,7 +215,7 @@ class OPDModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self._place_teacher()
         if self._checkpoint is not None:
-            _optimizer_states_by_position(self, self._checkpoint)
+            parallel.optimizer_states_by_position(self, self._checkpoint)
             self._checkpoint = None
 
     on_validation_start = on_test_start = on_predict_start = _place_teacher
@@ -224,14 +237,25 @@ class OPDModule(pl.LightningModule):
     ) -> list[Completion]:
         """Completions of the ``student`` or the ``teacher``, without gradient, each behind its own prompt."""
         student = self._student
-        own = self.teacher.own_model()
-        with evaluating(student), parallel.whole_weights(student, own):
+        owns = self._own_models() if who != "student" else []
+        with evaluating(student), parallel.whole_weights(student, *owns):
             if who == "student":
                 ids = [p.ids for p in prompts]
                 return sampler.write(student, ids, seeds, self.vocabulary, self.global_step, on_progress)
-            ids = [p.teacher_ids or p.ids for p in prompts]
-            with self.teacher.speaking(student) as model:
-                return sampler.write(model, ids, seeds, self.vocabulary, NOT_A_STUDENT, on_progress)
+            written: dict[int, Completion] = {}
+            voices = [self.teacher.writer(p) for p in prompts]
+            for voice in {id(v): v for v in voices}.values():
+                rows = [i for i, v in enumerate(voices) if v is voice]
+                ids = [prompts[i].teacher_ids or prompts[i].ids for i in rows]
+                with voice.speaking(student) as model:
+                    own = sampler.write(model, ids, [seeds[i] for i in rows], self.vocabulary, NOT_A_STUDENT, on_progress)
+                written |= zip(rows, own, strict=True)
+            return [written[i] for i in range(len(prompts))]
+
+    def join(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Rollout:
+        """Prompts with what was written behind them, ready to be scored. Rows without privileged information stay in."""
+        rollout = Rollout.of(prompts, completions, self.vocabulary.pad_id)
+        return rollout.routed(torch.tensor([self.teacher.route(p) for p in prompts])) if self.teacher.routes else rollout
 
     def top_ids(self, rollout: Rollout, k: int, rows: int) -> torch.Tensor:
         """(B, T, k) the student's likeliest tokens as it is now; see `opd_lightning.models.distributions.likeliest`."""
@@ -256,11 +280,8 @@ class OPDModule(pl.LightningModule):
 
         return parallel.run_inside(base_of(self._student), compare)
 
-    def _ask(self, model: Teacher, text: Rendering) -> DenseLaws:
-        """A frozen model's laws, computed inside its own sharding where it has one."""
-        answer = functools.partial(model.laws, self._student, text, self.vocabulary.size)
-        own = model.own_model()
-        return parallel.run_inside(base_of(own), answer) if own is not None else answer()
+    def _ask(self, model: Teacher, text: Rendering) -> TokenLaws:
+        return model.laws(self._student, text, self.vocabulary.size)
 
     @property
     def progress(self) -> float:
@@ -331,14 +352,21 @@ class OPDModule(pl.LightningModule):
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what training changes: the frozen base of a LoRA student and the teacher are not in the file."""
+        """Keep what training changes: the frozen base of a LoRA student is not in the file, and of the teachers only those
+        that move.
+        """
         checkpoint["past_advantages"] = {"past": self.past, "seen": self._seen}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self._trained_names}
-        _optimizer_states_by_name(self, checkpoint)
+        checkpoint["teachers"] = {name: state for name, model in self._leaves().items() if (state := model.state_dict())}
+        parallel.optimizer_states_by_name(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint.get("past_advantages", {"past": {}, "seen": []})
         self.past, self._seen = dict(kept["past"]), list(kept["seen"])
+        found_teachers = checkpoint.get("teachers", {})
+        for name, model in self._leaves().items():
+            if name in found_teachers:
+                model.load_state_dict(found_teachers[name])
         if "state_dict" not in checkpoint:  # sharded strategies load the weights themselves
             return
         found = set(checkpoint["state_dict"])
@@ -366,30 +394,3 @@ class OPDModule(pl.LightningModule):
         student.save_pretrained(target)
         self.vocabulary.tokenizer.save_pretrained(target)
         return target
-
-
-def _optimizer_states_by_name(module: OPDModule, checkpoint: dict[str, Any]) -> None:
-    """Key optimizer states by parameter name, so that a checkpoint moves between strategies."""
-    names = list(parallel.parameter_names(module))
-    renamed = []
-    for state in checkpoint.get("optimizer_states", []):
-        if not state or any(isinstance(i, str) for g in state["param_groups"] for i in g["params"]):
-            renamed.append(state)  # empty on ranks > 0, or by name already (distributed folder)
-            continue
-        groups = [{**g, "params": [names[i] for i in g["params"]]} for g in state["param_groups"]]
-        renamed.append({"state": {names[i]: s for i, s in state["state"].items()}, "param_groups": groups})
-    checkpoint["optimizer_states"] = renamed
-
-
-def _optimizer_states_by_position(module: OPDModule, checkpoint: dict[str, Any]) -> None:
-    """The reverse for plain strategies, which restore by position; sharded ones read names themselves."""
-    if parallel.is_sharded(module.trainer.strategy):
-        return
-    index = {name: i for i, name in enumerate(parallel.parameter_names(module))}
-    checkpoint["optimizer_states"] = [
-        {
-            "state": {index[n]: s for n, s in state["state"].items()},
-            "param_groups": [{**g, "params": [index[n] for n in g["params"]]} for g in state["param_groups"]],
-        }
-        for state in checkpoint.get("optimizer_states", [])
-    ]

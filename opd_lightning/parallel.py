@@ -143,3 +143,56 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         return whole
     return {k: v.detach().cpu() for k, v in model.state_dict().items()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached CPU copy, gathered if it is sharded. All ranks must call it."""
+    gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    copied: torch.Tensor = gathered.detach().to("cpu", copy=True)
+    return copied
+
+
+@torch.no_grad()
+def put_whole(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Inverse of `whole`, in place: a sharded tensor takes its own part."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(tensor, DTensor):
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
+    tensor.copy_(values)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered weights, so that what is changed next are the parts that FSDP2 keeps."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+def optimizer_states_by_name(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Key optimizer states by parameter name, so that a checkpoint moves between strategies."""
+    names = list(parameter_names(module))
+    renamed = []
+    for state in checkpoint.get("optimizer_states", []):
+        if not state or any(isinstance(i, str) for g in state["param_groups"] for i in g["params"]):
+            renamed.append(state)  # empty on ranks > 0, or by name already (distributed folder)
+            continue
+        groups = [{**g, "params": [names[i] for i in g["params"]]} for g in state["param_groups"]]
+        renamed.append({"state": {names[i]: s for i, s in state["state"].items()}, "param_groups": groups})
+    checkpoint["optimizer_states"] = renamed
+
+
+def optimizer_states_by_position(module: Any, checkpoint: dict[str, Any]) -> None:
+    """The reverse for plain strategies, which restore by position; sharded ones read names themselves."""
+    if is_sharded(module.trainer.strategy):
+        return
+    index = {name: i for i, name in enumerate(parameter_names(module))}
+    checkpoint["optimizer_states"] = [
+        {
+            "state": {index[n]: s for n, s in state["state"].items()},
+            "param_groups": [{**g, "params": [index[n] for n in g["params"]]} for g in state["param_groups"]],
+        }
+        for state in checkpoint.get("optimizer_states", [])
+    ]

@@ -31,10 +31,12 @@ class Source(Configurable, ABC):
     Attributes:
         student_writes: some completions may be the student's own.
         others_write: some completions may be somebody else's.
+        teacher_writes: some of those may be the teacher's.
     """
 
     student_writes: bool = False
     others_write: bool = False
+    teacher_writes: bool = False
 
     @abstractmethod
     def produce(self, prompts: Sequence[Prompt], writers: Writers) -> list[Completion]:
@@ -54,6 +56,7 @@ class TeacherSource(Source):
     """The teacher writes, behind its own prompt where it has one: sequence-level distillation, cold start."""
 
     others_write = True
+    teacher_writes = True
 
     def produce(self, prompts: Sequence[Prompt], writers: Writers) -> list[Completion]:
         return writers.teacher(prompts)
@@ -102,6 +105,7 @@ class MixtureSource(Source):
         used = [s for s, share in ((first, fraction), (second, 1.0 - fraction)) if share > 0.0]
         self.student_writes = any(s.student_writes for s in used)
         self.others_write = any(s.others_write for s in used)
+        self.teacher_writes = any(s.teacher_writes for s in used)
 
     def produce(self, prompts: Sequence[Prompt], writers: Writers) -> list[Completion]:
         chosen = [int((p.row + 1) * self.fraction) > int(p.row * self.fraction) for p in prompts]

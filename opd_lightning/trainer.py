@@ -21,6 +21,7 @@ from opd_lightning.callbacks import (
     OPDProgressBar,
     RNGState,
     RolloutRefresh,
+    TeacherUpdate,
     TimeTable,
     TrainMonitor,
 )
@@ -37,11 +38,12 @@ DEFAULTS: dict[str, Any] = {
 }
 FIRST = (ColdStart, RolloutRefresh, CompletionEval)
 """Set up before all others, in this order: each sets what the next ones, and callbacks like EarlyStopping, read."""
-CORE = (RNGState, TimeTable, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoint)
+CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoint)
 
 
 class OPDTrainer(pl.Trainer):
-    """Lightning's Trainer. Missing core callbacks (random states, monitor, checkpoints, clean stop, NaN guard, progress bar)
+    """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, checkpoints, clean
+    stop, NaN guard, progress bar)
     and a CSV logger below ``default_root_dir`` are added; everything else is Lightning's own.
 
     Args:

@@ -31,6 +31,7 @@ class Prompt:
         reference: tokens of the data set's own completion, EOS included, where there is one.
         fields: the other columns of the row (answer, metadata), for graders.
         row: number of the rollout to be written for it, counted over the whole run. Seeds and ownership follow from it.
+        informed: False where the teacher's context should say more and cannot for this row: it is not trained on.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Prompt:
     reference: tuple[int, ...] | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     row: int = 0
+    informed: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,13 @@ class Rendering:
         ids: (B, L).
         lengths: (B,) tokens that exist in each row.
         mask: (B, T) True where the target is a trainable completion token.
+        route: (B,) number of the teacher that answers for the row, where several share the work; None elsewhere.
     """
 
     ids: Tensor
     lengths: Tensor
     mask: Tensor
+    route: Tensor | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> Rendering:
@@ -91,20 +95,27 @@ class Rendering:
         return cls(ids, starts + sizes, masks.completion_mask(starts, sizes, length))
 
     def map(self, fn: Any) -> Rendering:
-        return Rendering(fn(self.ids), fn(self.lengths), fn(self.mask))
+        return Rendering(fn(self.ids), fn(self.lengths), fn(self.mask), None if self.route is None else fn(self.route))
 
     def select(self, index: Tensor) -> Rendering:
         """Some rows, cut to the longest of them."""
         lengths = self.lengths[index]
         longest = max(2, int(lengths.max())) if len(lengths) else 2
-        return Rendering(self.ids[index, :longest], lengths, self.mask[index, : longest - 1])
+        route = None if self.route is None else self.route[index]
+        return Rendering(self.ids[index, :longest], lengths, self.mask[index, : longest - 1], route)
 
     @classmethod
     def cat(cls, parts: Sequence[Rendering]) -> Rendering:
         """Rows below each other, padded to the longest. The padding is never read."""
         longest = max(p.ids.shape[1] for p in parts)
         ids = torch.cat([_pad(p.ids, longest) for p in parts])
-        return cls(ids, torch.cat([p.lengths for p in parts]), torch.cat([_pad(p.mask, longest - 1) for p in parts]))
+        routes = [p.route for p in parts if p.route is not None]
+        return cls(
+            ids,
+            torch.cat([p.lengths for p in parts]),
+            torch.cat([_pad(p.mask, longest - 1) for p in parts]),
+            torch.cat(routes) if routes else None,
+        )
 
     @property
     def targets(self) -> Tensor:
@@ -197,7 +208,22 @@ class Rollout:
 
     @property
     def for_teacher(self) -> Rendering:
+        """What the teacher scores, with the route of every row."""
         return self.teacher_text or self.text
+
+    def routed(self, route: Tensor) -> Rollout:
+        """The same with a teacher's number for every row."""
+        teacher_text = self.teacher_text and replace(self.teacher_text, route=route)
+        return replace(self, text=replace(self.text, route=route), teacher_text=teacher_text)
+
+    def without(self, rows: Tensor) -> Rollout:
+        """The same with no token of some rows (B,) to be trained on."""
+        text, theirs = self.text, self.teacher_text
+        return replace(
+            self,
+            text=replace(text, mask=text.mask & ~rows[:, None]),
+            teacher_text=theirs and replace(theirs, mask=theirs.mask & ~rows[:, None]),
+        )
 
     def map(self, fn: Any) -> Rollout:
         """Apply ``fn`` to every tensor."""
@@ -236,7 +262,7 @@ class Rollout:
         flat = {f.name: getattr(self, f.name) for f in fields(self)}
         for key in ("text", "teacher_text"):
             value = flat[key]
-            flat[key] = value and {f.name: getattr(value, f.name).cpu() for f in fields(value)}
+            flat[key] = value and {f.name: t if (t := getattr(value, f.name)) is None else t.cpu() for f in fields(value)}
         return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in flat.items()}
 
     @classmethod

@@ -24,7 +24,7 @@ def without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Student, "weights", forbidden)
-    monkeypatch.setattr("opd_lightning.models.teachers.load_model", forbidden)
+    monkeypatch.setattr("opd_lightning.models.teachers.base.load_model", forbidden)
 
 
 def run(*words: str) -> int:

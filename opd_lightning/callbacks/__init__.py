@@ -9,6 +9,7 @@ from opd_lightning.callbacks.progress import OPDProgressBar, TimeTable
 from opd_lightning.callbacks.recovery import FiniteLoss, GracefulStop, OPDCheckpoint, RNGState
 from opd_lightning.callbacks.rollout_refresh import RolloutRefresh
 from opd_lightning.callbacks.step_monitor import StepMonitor, TrainMonitor
+from opd_lightning.callbacks.teacher_update import TeacherUpdate
 
 __all__ = [
     "AgreementMonitor",
@@ -23,6 +24,7 @@ __all__ = [
     "RNGState",
     "RolloutRefresh",
     "StepMonitor",
+    "TeacherUpdate",
     "TimeTable",
     "TrainMonitor",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,7 @@ class CompletionEval(pl.Callback):
         if not trainer.datamodule.eval_prompts:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, OPDModule)
-        if not self.history and pl_module.teacher.answers:
+        if not self.history and pl_module.teacher.writes:
             self._publish(trainer, self.measure(trainer, pl_module, "teacher"))
         step = trainer.global_step
         due = step == 0 or (self.every_n_steps and step % self.every_n_steps == 0)
@@ -134,7 +135,8 @@ class CompletionEval(pl.Callback):
             prompts = list(self._prompts(data.eval_prompts))
             written = getattr(writers, who)(prompts)
             if who == "student" and pl_module.teacher.answers:
-                self._divergence(pl_module, prompts, written, data.micro_batch_size or 64, divergence)
+                told = data.inform(prompts, written, self.samples_per_prompt)
+                self._divergence(pl_module, told, written, data.micro_batch_size or 64, divergence)
             nll = self._neutral_nll(pl_module) if who == "student" and self.neutral_text else None
         groups: dict[int, list[float]] = {}
         for prompt, completion in zip(prompts, written, strict=True):
@@ -154,6 +156,8 @@ class CompletionEval(pl.Callback):
             found["accuracy"] = float(accuracy.compute())
         if pl_module.teacher.answers:
             found["reverse_kl"] = float(divergence.compute()) if who == "student" else 0.0
+            if math.isnan(found["reverse_kl"]):  # no row whose teacher knows more
+                del found["reverse_kl"]
         found |= {"completion_tokens": float(tokens.compute()), "truncated": float(truncated.compute())}
         found |= {f"pass@{k}": float(passed.compute()) for k, passed in passes.items()}
         if nll is not None:
@@ -174,10 +178,9 @@ class CompletionEval(pl.Callback):
     def _divergence(
         self, pl_module: OPDModule, prompts: list[Prompt], written: list[Completion], size: int, mean: TokenMean
     ) -> None:
-        pad = pl_module.vocabulary.pad_id
         for start in range(0, len(prompts), size):
-            rollout = Rollout.of(prompts[start : start + size], written[start : start + size], pad)
-            counted = rollout.row >= 0
+            rollout = pl_module.join(prompts[start : start + size], written[start : start + size])
+            counted = (rollout.row >= 0) & torch.tensor([p.informed for p in prompts[start : start + size]])
             out = pl_module.score(rollout.to(pl_module.device), REVERSE_KL)
             per_token = out.stats.values["reverse_kl"]
             mean.update(per_token[counted[:, None].expand_as(rollout.mask)[rollout.mask].to(per_token.device)])

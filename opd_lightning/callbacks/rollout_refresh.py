@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from opd_lightning import parallel
+from opd_lightning.callbacks.pairing import declared_with, refuse_unfit_teacher, remarks
 from opd_lightning.callbacks.step_monitor import at_step_end
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.data.buffer import Plan, RolloutBuffer
+from opd_lightning.data.datamodule import PromptDataModule
 from opd_lightning.objectives import Objective
 from opd_lightning.objectives.validate import refuse_unfit_source
 from opd_lightning.samplers import NativeSampler
@@ -80,7 +82,7 @@ class RolloutRefresh(pl.Callback):
         self.buffer.refill = lambda refresh: self.refresh(trainer, pl_module, refresh)
         data.buffer = self.buffer
         data.total_micro_batches = trainer.max_steps * plan.accumulate if trainer.max_steps > 0 else 10**9
-        for line in self.declare(pl_module):
+        for line in self.declare(pl_module, data):
             rank_zero_info(line)
 
     def _together(self, pl_module: Any) -> int:
@@ -117,12 +119,12 @@ class RolloutRefresh(pl.Callback):
             )
         return Plan(batch_size, micro, self.every_n_steps, self.passes, trainer.global_rank, world, together)
 
-    def declare(self, pl_module: Any) -> list[str]:
+    def declare(self, pl_module: Any, data: PromptDataModule | None = None) -> list[str]:
         """What every phase descends, a line each, the run's own objective last. Needs neither trainer nor weights.
 
         Raises:
-            DegenerateObjective: if an objective does not fit its source.
-            ValueError: if a phase ends inside a refresh.
+            DegenerateObjective: if an objective does not fit its source, or the teacher teaches nothing.
+            ValueError: if a phase ends inside a refresh, or a teacher should write that cannot.
         """
         for phase in pl_module.phases:
             if phase.end % self.every_n_steps:
@@ -144,13 +146,16 @@ class RolloutRefresh(pl.Callback):
                     "GroupMean compares the rollouts of a prompt, and rollout.rollouts_per_prompt=1 leaves nothing to compare "
                     "with: make it at least 2, or take `baseline: BatchMean`"
                 )
-            lines.append(f"{name} descends: {objective.declared_target}")
+            refuse_unfit_teacher(pl_module, source, data)
+            lines.append(f"{name} descends: {declared_with(objective, pl_module.teacher)}")
             if source.student_writes and objective.needs_teacher and self._sampling_differs(objective.temperature):
                 rank_zero_warn(
                     f"completions are sampled at temperature {self.sampler.temperature:g}, top_p {self.sampler.top_p:g}, top_k "
                     f"{self.sampler.top_k}, but scored at temperature {objective.temperature:g}: the states are not the "
                     "student's own. Set them equal (rollout.sampler, model.objective.temperature) to be on-policy."
                 )
+        for remark in remarks(pl_module, data):
+            rank_zero_warn(remark)
         return lines
 
     def _sampling_differs(self, temperature: float) -> bool:
@@ -235,14 +240,20 @@ class RolloutRefresh(pl.Callback):
         objective = pl_module.objective_at(first_step)
         with pl_module.clock.phase("rollout", whole=True):
             completions = self.source_at(pl_module, first_step).produce(prompts, writers)
-            rollout = Rollout.of(prompts, completions, pl_module.vocabulary.pad_id)
+            prompts = data.inform(prompts, completions, self.rollouts_per_prompt)
+            rollout = pl_module.join(prompts, completions)
             rollout = replace(rollout, group_size=self.rollouts_per_prompt)
             if k := min(objective.record_top_k, pl_module.vocabulary.size):
                 with trainer.precision_plugin.forward_context():
                     rollout = replace(rollout, top_ids=pl_module.top_ids(rollout, k, plan.micro_batch_size))
         seconds = time.perf_counter() - started
-        self.buffer.put(refresh, rollout, self._scales(rollout, objective))
         self.pending = self._measure(rollout, seconds)
+        if data.teacher_template is not None:
+            informed = torch.tensor([p.informed for p in prompts])
+            told, count = parallel.sum_over_ranks([float(informed.sum()), float(len(prompts))])
+            self.pending["rollout/informed"] = told / count
+            rollout = rollout.without(~informed)
+        self.buffer.put(refresh, rollout, self._scales(rollout, objective))
 
     def _scales(self, rollout: Rollout, objective: Objective) -> list[tuple[float, ...]]:
         """The loss factors of every distinct optimizer step: micro-batches and ranks over the step's denominators."""

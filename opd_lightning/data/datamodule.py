@@ -14,13 +14,15 @@ from tqdm.auto import tqdm
 
 from opd_lightning import parallel
 from opd_lightning.data.buffer import RolloutBuffer, RolloutLoader
+from opd_lightning.data.contexts import Context
+from opd_lightning.data.group_contexts import Attempt
 from opd_lightning.data.prompts import PromptSet, Row
 from opd_lightning.data.selectors import Selector, Shuffled
 from opd_lightning.data.templates import AutoTemplate, Template
 from opd_lightning.metrics.graders import Grader
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.seeds import run_seed
-from opd_lightning.types import Prompt, Rollout
+from opd_lightning.types import Completion, Prompt, Rollout
 
 SHOW_PROGRESS = 5000
 """Prompts from which on tokenizing takes long enough to be shown."""
@@ -36,7 +38,7 @@ class PromptDataModule(pl.LightningDataModule):
         selector: order of the training prompts.
         template: renders prompts for the student.
         teacher_template: renders prompts for the teacher; null shows it what the student sees. What only this one holds is
-            privileged information.
+            privileged information; a `Context` adds it to what the student sees.
         batch_size: rollouts of one optimizer step, over all devices. It stays the same on one device and on eight.
         micro_batch_size: rollouts of one forward pass on one device; 0 takes all of the device's share at once. Gradient
             accumulation follows from the two.
@@ -69,7 +71,8 @@ class PromptDataModule(pl.LightningDataModule):
         if held_out and held_out_prompts is not None:
             raise ValueError("give data.held_out (rows of the same set) or data.held_out_prompts (another set), not both")
         self.prompt_set, self.held_out, self.held_out_prompts = prompts, held_out, held_out_prompts
-        self.selector, self.template, self.teacher_template = selector, template, teacher_template
+        self.selector, self.template = selector, template
+        self.teacher_template = teacher_template.within(template) if teacher_template is not None else None
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.max_prompt_tokens, self.seed = max_prompt_tokens, run_seed(seed)
         self.train_prompts: list[Prompt] = []
@@ -95,6 +98,11 @@ class PromptDataModule(pl.LightningDataModule):
             raise ValueError(f"data.held_out={self.held_out}, but the prompt set has only {len(rows)} rows")
         cut = len(rows) - self.held_out
         held = self.held_out_prompts.rows() if self.held_out_prompts is not None else rows[cut:]
+        if self.gathers and self._attempt_grader is None:
+            raise ValueError(
+                f"data.teacher_template {type(self.teacher_template).__name__} needs graded completions, but data.prompts has "
+                "no grader: give data.teacher_template.grader"
+            )
         self.train_prompts = self._tokenize(rows[:cut], 0)
         self.eval_prompts = self._tokenize(held, cut)
         if not self.train_prompts:
@@ -105,7 +113,7 @@ class PromptDataModule(pl.LightningDataModule):
     def _tokenize(self, rows: Sequence[Row], first: int) -> list[Prompt]:
         assert self.vocabulary is not None
         tokenizer = self.vocabulary.tokenizer
-        out, too_long, unknown = [], 0, 0
+        out, too_long, unknown, uninformed = [], 0, 0, 0
         shown = tqdm(rows, desc="Tokenizing prompts", disable=len(rows) < SHOW_PROGRESS, leave=False)
         for index, row in enumerate(shown, first):
             ids = self.template.ids(row, tokenizer)
@@ -117,9 +125,18 @@ class PromptDataModule(pl.LightningDataModule):
             if row.get("completion") is not None:
                 written = tokenizer(row["completion"], add_special_tokens=False).input_ids
                 reference = (*written, self.vocabulary.eos_ids[0])
-            theirs = self.teacher_template.ids(row, tokenizer) if self.teacher_template is not None else None
+            informed = self.teacher_template is None or self.teacher_template.informed(row)
+            theirs = self.teacher_template.ids(row, tokenizer) if self.teacher_template is not None and informed else None
+            uninformed += not informed
             unknown += self.vocabulary.unk_id in (*ids, *(theirs or ()), *(reference or ()))
-            out.append(Prompt(index, text, ids, theirs, reference, dict(row)))
+            out.append(Prompt(index, text, ids, theirs, reference, dict(row), informed=informed))
+        if uninformed and not self.gathers:
+            missing = (
+                f"{uninformed} of {len(rows)} rows have nothing that data.teacher_template {self.teacher_template!r} tells"
+            )
+            if uninformed == len(rows):
+                raise ValueError(f"{missing}; their columns are {', '.join(rows[0])}")
+            rank_zero_warn(f"{missing}: they are written, but not trained on")
         if unknown:
             rank_zero_warn(
                 f"{unknown} of {len(rows)} prompts or completions hold text that the tokenizer does not know (<unk>)"
@@ -140,6 +157,45 @@ class PromptDataModule(pl.LightningDataModule):
     def grader(self) -> Grader | None:
         """The grader that belongs to the held-out set, if it has one."""
         return (self.held_out_prompts or self.prompt_set).grader()
+
+    # ---- what the teacher is told after the group has written ------------------------------------------------------------
+    @property
+    def gathers(self) -> bool:
+        """Whether the teacher's context is made from what the group has written."""
+        return isinstance(self.teacher_template, Context) and self.teacher_template.needs_group
+
+    @property
+    def _attempt_grader(self) -> Grader | None:
+        own = self.teacher_template.grader if isinstance(self.teacher_template, Context) else None
+        return own or self.prompt_set.grader()
+
+    def inform(self, prompts: Sequence[Prompt], written: Sequence[Completion], group: int) -> list[Prompt]:
+        """Prompts whose teacher context tells of their group's completions. All ranks must call it.
+
+        Args:
+            prompts: of this rank.
+            written: one completion a prompt.
+            group: rollouts of a prompt; those with equal ``row // group`` are siblings, on whichever rank they are.
+        """
+        if not self.gathers:
+            return list(prompts)
+        assert self.vocabulary is not None and self.teacher_template is not None and self._attempt_grader is not None
+        attempts = {}
+        for prompt, completion in zip(prompts, written, strict=True):
+            text = self.vocabulary.decode(completion.ids)
+            score = self._attempt_grader({**prompt.fields, "ended": completion.ended}, text)
+            attempts[prompt.row] = Attempt(prompt.row, text, score)
+        groups: dict[int, list[Attempt]] = {}
+        for attempt in sorted((a for part in parallel.gather_objects(attempts) for a in part.values()), key=lambda a: a.row):
+            groups.setdefault(attempt.row // group, []).append(attempt)
+        out = []
+        for prompt in prompts:
+            siblings = [a for a in groups[prompt.row // group] if a.row != prompt.row]
+            row = {**prompt.fields, "attempt": attempts[prompt.row], "siblings": siblings}
+            informed = prompt.row >= 0 and self.teacher_template.informed(row)
+            ids = self.teacher_template.ids(row, self.vocabulary.tokenizer) if informed else None
+            out.append(replace(prompt, teacher_ids=ids, informed=informed))
+        return out
 
     # ---- the stream of prompts -----------------------------------------------------------------------------------------
     def prompt_at(self, position: int) -> Prompt:

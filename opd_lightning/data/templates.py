@@ -16,6 +16,14 @@ __all__ = ["AutoTemplate", "ChatTemplate", "PlainTemplate", "Template"]
 class Template(Configurable, ABC):
     """Renders the ``prompt`` of a row: a text, or a list of chat messages."""
 
+    def within(self, template: Template) -> Template:
+        """The same for a teacher whose student reads `template`."""
+        return self
+
+    def informed(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row holds all that this template says."""
+        return True
+
     @abstractmethod
     def text(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
         """The rendered prompt, special tokens included."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from opd_lightning import configfiles
+from opd_lightning.callbacks.pairing import declared_with
 from opd_lightning.data import Addition, TaskPrompts
 from opd_lightning.inspect.oracle import TabularWorld, Writer, reverse_kl
 from opd_lightning.inspect.setups import Setup
@@ -59,7 +60,9 @@ class Method:
     def row(self) -> dict[str, str]:
         """What the catalogue prints."""
         parts = [part for part, _ in self.objective.flat()]
-        target = self.objective.declared_target
+        module = self.setup.module
+        target = declared_with(self.objective, module.teacher)
+        told = self.setup.data.teacher_template
         return {
             "method": self.name,
             "states": _states(self.setup.rollout.source),
@@ -67,6 +70,7 @@ class Method:
             "support": _joined(p.support.title for p in parts),
             "credit": _joined(p.credit.title for p in parts),
             "route": _joined(p.route.title or "-" for p in parts),
+            "teacher": type(module.teacher).__name__ + (f" told by {type(told).__name__}" if told is not None else ""),
             "declared target": target.name if target.defect is None else "none (refused unless allowed)",
             "known bias": target.defect or "; ".join(b for b in target.biases if "order 1 / batch" not in b) or "none",
             "teacher payload": payload(self.objective),
@@ -278,6 +282,7 @@ def measured_page(methods: list[Method]) -> str:
         rows.append(
             {
                 "method": method.name,
+                "teacher": row["teacher"],
                 "declared target": row["declared target"],
                 "token": f"{found.token:.2f} ({found.token_cosine:.2f})",
                 "sequence": f"{found.sequence:.2f} ({found.sequence_cosine:.2f})",

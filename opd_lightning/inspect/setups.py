@@ -65,7 +65,7 @@ class Setup:
             DegenerateObjective: for an objective that does not fit its source.
         """
         self.cold_start.announce(self.module)
-        return self.rollout.declare(self.module)
+        return self.rollout.declare(self.module, self.data)
 
 
 def _plain(value: Any) -> Any:

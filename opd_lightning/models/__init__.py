@@ -2,19 +2,41 @@
 
 from opd_lightning.models.lora import LoRA
 from opd_lightning.models.students import Student
-from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, StartTeacher, Teacher, TextTeacher
+from opd_lightning.models.teachers import (
+    AdapterOffTeacher,
+    CheckpointTeacher,
+    EMATeacher,
+    EnsembleTeacher,
+    FrozenTeacher,
+    FunctionTeacher,
+    LiveTeacher,
+    PeriodicTeacher,
+    RoutedTeacher,
+    StartTeacher,
+    Teacher,
+    TextTeacher,
+    TrustRegionTeacher,
+)
 from opd_lightning.models.tiny import NewStudent
 from opd_lightning.models.vocabulary import Vocabulary, VocabularyMismatch
 
 __all__ = [
     "AdapterOffTeacher",
+    "CheckpointTeacher",
+    "EMATeacher",
+    "EnsembleTeacher",
     "FrozenTeacher",
-    "StartTeacher",
+    "FunctionTeacher",
+    "LiveTeacher",
     "LoRA",
     "NewStudent",
+    "PeriodicTeacher",
+    "RoutedTeacher",
+    "StartTeacher",
     "Student",
     "Teacher",
     "TextTeacher",
+    "TrustRegionTeacher",
     "Vocabulary",
     "VocabularyMismatch",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +48,14 @@ def tiny(name: str, pair: list[str], root: Path) -> list[str]:
     words += ["--trainer.enable_progress_bar", "false"]
     if "NewStudent" not in text:
         words += ["--model.student.path", pair[0]]
-        if "AdapterOffTeacher" not in text:
+        teacher = re.findall(r"^\s+teacher: *(?:\{?\s*class_path: *)?(\w+)", text, re.MULTILINE)
+        if not teacher or teacher[-1] in ("FrozenTeacher", "CheckpointTeacher"):
             words += ["--model.teacher.path", pair[1]]
+        if teacher and teacher[-1] == "RoutedTeacher":
+            expert = {"class_path": "FrozenTeacher", "init_args": {"path": pair[1]}}
+            words += ["--model.teacher.teachers", json.dumps({"addition": expert})]
+    if "rollouts_per_prompt" in text:
+        words += ["--rollout.rollouts_per_prompt", "2"]
     if "keep_layers" in text:
         words += ["--model.student.keep_layers", "1"]
     for key in ("prompts", "held_out_prompts"):
