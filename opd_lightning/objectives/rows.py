@@ -227,7 +227,7 @@ class ObjectiveRows:
             return None
         tokens = self.tokens[start:stop]
         student = lp.log_softmax(logits, objective.temperature)
-        teacher = lp.log_softmax(others[0], objective.temperature)
+        teacher = _fixed(others[0], objective, student.dtype)
         probs = student.exp(), teacher.exp()
         closed = objective.divergence.logit_gradient(student, teacher, *probs)
         if closed is None:
@@ -274,8 +274,8 @@ def score(
             detached["student_entropy"] = lp.entropy(student)
         return Parts(direct, logprob, None, detached), {"student_entropy": detached["student_entropy"]} if measuring else {}
     with torch.no_grad():
-        teacher = lp.log_softmax(teacher_logits.detach(), objective.temperature)
-        third = lp.log_softmax(reference_logits.detach(), objective.temperature) if reference_logits is not None else None
+        teacher = _fixed(teacher_logits, objective, student.dtype)
+        third = _fixed(reference_logits, objective, student.dtype) if reference_logits is not None else None
         aim = objective.target.law(student.detach(), teacher, third, progress).clamp(min=lp.floor_of(student.dtype))
     world = objective.support.world(student, aim, tokens)
     recorded = (top_ids,) if objective.support.record_top_k and top_ids is not None else ()
@@ -293,6 +293,11 @@ def score(
     return Parts(scores.direct, logprob, routed.log_destination if routed is not None else None, detached), (
         stats if measuring else {}
     )
+
+
+def _fixed(logits: Tensor, objective: Axes, dtype: torch.dtype) -> Tensor:
+    """The law of a model that does not learn, in the precision of the student's: the two may be loaded differently."""
+    return lp.log_softmax(logits.detach(), objective.temperature).to(dtype)
 
 
 def _signals(objective: Axes, scores: Scores, world: World) -> dict[str, Tensor]:

@@ -355,3 +355,21 @@ def test_masked_logits_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
         loss, gradients, _ = pair.run(objective)
         assert torch.isfinite(loss), name
         assert all(torch.isfinite(g).all() for g in gradients), name
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float64, torch.float32)]
+)
+def test_models_of_different_precision_are_compared_in_the_students(
+    dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for whole in (True, False):
+        with monkeypatch.context() as patch:
+            if not whole:
+                shrink(patch)
+            for name, objective in COMPOSITIONS.items():
+                mixed, expected = Pair.random(dtypes[0]), Pair.random(dtypes[0]).run(objective)
+                mixed.teacher, mixed.reference = (getattr(Pair.random(dtypes[1]), who) for who in ("teacher", "reference"))
+                loss, gradients, _ = mixed.run(objective)
+                torch.testing.assert_close(loss, expected[0], rtol=0.05, atol=0.02, msg=name)
+                assert all(g.dtype == e.dtype for g, e in zip(gradients, expected[1], strict=True))
