@@ -21,8 +21,13 @@ Row = tuple[str, str, str]
 
 
 def times(share: float | None) -> str:
-    """``2.5 ×`` for ours taking 0.4 of their time."""
-    return f"{1.0 / share:.2g} × faster" if share else "not reached"
+    """``2.5 × faster`` for ours taking 0.4 of their time."""
+    return faster(1.0 / share) if share else "not reached"
+
+
+def faster(speed: float) -> str:
+    """Our speed over theirs, in words."""
+    return f"{speed:.2g} × faster" if speed >= 1.0 else f"{1.0 / speed:.2g} × slower"
 
 
 def vs_trl(ratios: Mapping[str, Any]) -> Iterator[Row]:
@@ -40,7 +45,7 @@ def vs_vllm(ratios: Mapping[str, Any]) -> Iterator[Row]:
             yield "rollout seconds over new tokens", "exponent of transformers generate", f"{found['ours']} / {found['hf']}"
             continue
         for key, value in found.items():
-            yield f"rollout, batch {case.removeprefix('batch_')}", names[key], f"{value:.2g} × faster"
+            yield f"rollout, batch {case.removeprefix('batch_')}", names[key], faster(value)
 
 
 def loss(ratios: Mapping[str, Any]) -> Iterator[Row]:
@@ -49,7 +54,7 @@ def loss(ratios: Mapping[str, Any]) -> Iterator[Row]:
         if isinstance(found, Mapping):
             size = case.removesuffix("-frozen") + (" (frozen head)" if case.endswith("-frozen") else "")
             for key, value in found.items():
-                yield f"loss, {size}", names[key.removeprefix("faster_than_")], f"{value:.2g} × faster"
+                yield f"loss, {size}", names[key.removeprefix("faster_than_")], faster(value)
         elif case.startswith("share_of_naive_"):
             size = case.removeprefix("share_of_naive_").replace("_frozen", " (frozen head)")
             yield f"loss memory, vocabulary {size}", "whole logits", f"{100 * found:.0f} % of theirs"
@@ -69,7 +74,7 @@ def to_target(ratios: Mapping[str, Any]) -> Iterator[Row]:
 
 def monitors(ratios: Mapping[str, Any]) -> Iterator[Row]:
     for pair, value in ratios.items():
-        yield f"step with all monitors, {pair} pair", "the same without", f"{value:.2f} of its time"
+        yield f"step with all monitors, {pair} pair", "the same without", f"{value:.2f} × its time"
 
 
 def natural_lengths(ratios: Mapping[str, Any]) -> Iterator[Row]:
