@@ -91,5 +91,5 @@ def time_table(seconds: dict[str, float]) -> str:
     """
     total = max(sum(seconds.values()), 1e-9)
     rows = sorted(seconds.items(), key=lambda item: -item[1])
-    lines = [f"{name:16} {s:7.1f} {100 * s / total:6.0f} %" for name, s in rows]
+    lines = [f"{name:16} {s:7.1f} {100 * s / total:5.0f} %" for name, s in rows]
     return "\n".join([f"{'time':16} seconds   share", *lines])
