@@ -18,7 +18,7 @@ from opd_lightning.objectives.divergences import Divergence
 from opd_lightning.objectives.gates import Gate, View
 from opd_lightning.objectives.reductions import Reduction, TokenMean
 from opd_lightning.objectives.routes import Route, Vanilla
-from opd_lightning.objectives.rows import Extras, Parts, measure
+from opd_lightning.objectives.rows import Extras, Parts, exactly, measure
 from opd_lightning.objectives.shapers import NoShape, Shaper
 from opd_lightning.objectives.supports import FullVocab, Support
 from opd_lightning.objectives.targets import Target, TeacherLaw
@@ -240,7 +240,8 @@ class Objective(Configurable):
         stats = {**stats, "ratio_deviation": ((drawn - sampler).exp() - 1.0).abs()}
         sampler = sampler.where(~sampler.isnan(), drawn.to(sampler.dtype))  # rows that do not count
         counts = _counts(rollout, rows)
-        found = self._token_losses(parts, sampler, rollout, vocab, extras, counts)
+        with exactly(sampler):
+            found = self._token_losses(parts, sampler, rollout, vocab, extras, counts)
         total = token_loss = found.loss.where(counts, 0.0)
         if found.critic is not None:
             stats["critic_loss"] = found.critic.detach()[rollout.mask]

@@ -118,6 +118,11 @@ def measure(
     return rows.collect(outputs, measured)
 
 
+def exactly(like: Tensor) -> torch.autocast:
+    """Inside, products are computed in the precision of their factors, whatever autocast the models run in."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 class ObjectiveRows:
     """Several objectives as one row-wise loss; implements `opd_lightning.ops.fused.Rows`.
 
@@ -155,7 +160,7 @@ class ObjectiveRows:
     def score(
         self, logits: Tensor, others: Sequence[Tensor], start: int, stop: int, factors: Sequence[Tensor | None] | None
     ) -> Scored:
-        with torch.no_grad():
+        with torch.no_grad(), exactly(logits):
             if factors is None:
                 return self.measure(logits, others, start, stop)
             if self.names and not others and self.teacher is not None:
@@ -179,7 +184,8 @@ class ObjectiveRows:
             theirs, third = self._others(others, objective)
             ahead, top_ids = (None if x is None else x[start:stop] for x in (self.ahead, self.top_ids))
             known = (third, self.progress, self.measuring == i, self.agreement_k, ahead, top_ids)
-            parts, stats = score(objective, logits, theirs, tokens, *known)
+            with exactly(logits):
+                parts, stats = score(objective, logits, theirs, tokens, *known)
             for name in ("direct", "logprob", "routed"):
                 if (value := getattr(parts, name)) is not None:
                     outputs[i, name] = value

@@ -5,7 +5,7 @@ gradient takes the logits' place in memory. So two tiles (one a model) and the w
 whatever the number of tokens, and every logit is computed once: the gradient is made in the forward pass for the factors
 that the caller expects, and made again in the backward pass only where it expected none or wrong ones.
 
-Weight gradients are summed over tiles in float32 at least: rounding each tile's product to bfloat16 would bias training.
+Weight gradients are summed over tiles in float32 at least: a sum in bfloat16 would lose what late tiles add to it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from opd_lightning.ops.heads import Head
 
@@ -86,8 +87,12 @@ def score_rows(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
+    if hidden.dtype == torch.float16 and expected is not None:
+        expected = _at_most_one(expected)
     autocast = torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
     work = _Work(head, rows, expected if torch.is_grad_enabled() else None, tile or TILE, autocast)
+    if not head.plain:
+        work.random = torch.get_rng_state(), *get_device_states(hidden)
     outputs = _Fused.apply(hidden, work, *head.trained)
     return list(outputs), work.measured
 
@@ -103,7 +108,7 @@ class _Work:
         self.measured: dict[Hashable, Tensor] = {}
         self.ready: tuple[Tensor | None, list[Tensor]] | None = None
         self.autocast = autocast
-        self.random = torch.get_rng_state() if not head.plain else None  # dropout in an adapted head
+        self.random: tuple[Tensor, list[int], list[Tensor]] | None = None  # for dropout in an adapted head
 
     def run(
         self, hidden: Tensor, factors: Sequence[Tensor | None] | None, wanted: bool, outputs_wanted: bool
@@ -142,9 +147,11 @@ class _Work:
 
     def again(self, hidden: Tensor, factors: Sequence[Tensor | None], wanted: bool) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients for these factors, in a pass of their own."""
-        with torch.random.fork_rng(devices=[], enabled=self.random is not None), self.autocast:
+        devices = self.random[1] if self.random is not None else []
+        with torch.random.fork_rng(devices, enabled=self.random is not None), self.autocast:
             if self.random is not None:
-                torch.set_rng_state(self.random)
+                torch.set_rng_state(self.random[0])
+                set_device_states(*self.random[1:])
             return self.run(hidden, factors, wanted, False)[1:]
 
     def _block(self, values: Tensor, others: list[Tensor], a: int, b: int, factors: list[Tensor | None] | None) -> Scored:
@@ -283,6 +290,13 @@ def _common_factor(actual: Sequence[Tensor | None], expected: Sequence[Tensor | 
             return None
         size = ratio
     return 1.0 if size is None else size
+
+
+def _at_most_one(expected: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same up to a common factor: gradients of a mean over many tokens vanish in float16 before the loss scale is known."""
+    sizes = [e.abs().max() for e in expected if e is not None]
+    largest = torch.stack(sizes).max() if sizes else torch.ones(())
+    return [e if e is None else e / largest.where(largest > 0, 1.0) for e in expected]
 
 
 def _width(head: Head) -> int:

@@ -345,6 +345,37 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(monkeypatch
             assert float((mine - theirs).norm() / theirs.norm()) < 2e-2
 
 
+@pytest.mark.parametrize("size", [None, "tiles"], ids=["whole", "tiles"])
+def test_autocast_reaches_the_heads_alone(size: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and measurements are those of the same bfloat16 logits without autocast, to float32's precision."""
+    if size:
+        shrink(monkeypatch, size)
+    for name, objective in COMPOSITIONS.items():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _, measured = Pair.random(torch.float32).run(objective)
+        expected, _, known = Pair.random(torch.bfloat16).run(objective)
+        assert loss.dtype == torch.float32, name
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6, msg=name)
+        for key, values in measured.items():
+            torch.testing.assert_close(values, known[key], rtol=1e-6, atol=1e-6, msg=f"{name}: {key}")
+
+
+def test_float16_gradients_neither_vanish_nor_overflow_before_the_loss_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, made = Objective(ReverseKL()), replace(rollout(), scale=(1e-6,))
+
+    def gradients(scale: float) -> list[Tensor]:
+        pair = Pair.random(torch.float32)
+        (objective(pair.student, pair.teacher, made).loss * scale).backward()
+        return [p.grad.double() / scale for p in (pair.student.hidden, *pair.student.head.trained)]
+
+    exact = gradients(1.0)
+    shrink(monkeypatch)
+    with torch.autocast("cpu", torch.float16):
+        found = gradients(2.0**16)
+    for mine, true in zip(found, exact, strict=True):
+        assert float((mine - true).norm() / true.norm()) < 0.01
+
+
 def test_masked_logits_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
     for name, objective in COMPOSITIONS.items():
