@@ -44,6 +44,10 @@ class UnknownArchitecture(ValueError):
     """The model is not one that this decoder computes; the message says where it differs."""
 
 
+class TooLong(UnknownArchitecture):
+    """Only rows of this length are not computed."""
+
+
 class Norm:
     """Root-mean-square normalisation with a weight, rounded where transformers rounds."""
 
@@ -89,6 +93,7 @@ class Weights:
         self.layers = [Layer(dtype) for _ in base.model.layers]
         self.head = Linear(dtype)
 
+    @torch.inference_mode(False)  # a caller's inference mode would leave tensors that the next refresh may not write to
     @torch.no_grad()
     def load(self, base: Any, vocab: int) -> None:
         """Read the weights, which are whole, with the adapters at work; the head without the padding rows behind ``vocab``."""
@@ -273,12 +278,13 @@ def expect_known(base: Any, length: int) -> None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     _expect(rope in ("default", "linear", "llama3", "yarn"), f"rope_type {rope!r}")
     window = getattr(config, "sliding_window", None)
-    _expect(window is None or window >= length, f"sliding window of {window}, rows of {length} tokens")
     _parts_of(base.lm_head)
     for layer in base.model.layers:
         _children("layer", layer)
         _children("attention", layer.self_attn, optional=HEAD_NORMS)
         _children("feed-forward", layer.mlp)
+    if window is not None and window < length:
+        raise TooLong(f"sliding window of {window}, rows of {length} tokens")
 
 
 def _children(what: str, module: Any, optional: frozenset[str] = frozenset()) -> None:

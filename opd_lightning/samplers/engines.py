@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from opd_lightning import parallel
 from opd_lightning.models.lora import adapters_at_work, base_of
 from opd_lightning.models.vocabulary import Vocabulary
-from opd_lightning.samplers.decoder import Decoder, UnknownArchitecture, Weights, expect_known
+from opd_lightning.samplers.decoder import Decoder, TooLong, UnknownArchitecture, Weights, expect_known
 
 PROOF = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Largest root-mean-square deviation of the decoder's logits from the model's own, in standard deviations of the latter.
@@ -97,9 +97,12 @@ class Setting:
 
 @dataclass
 class Memory:
-    """What is kept of a model between two refreshes: the reason against the decoder, '' for none, and room for the weights."""
+    """What is kept of a model between two refreshes: the reason against the decoder, '' for none, whether long rows were
+    reported, and room for the weights.
+    """
 
     verdicts: dict[Setting, str] = field(default_factory=dict)
+    too_long: bool = False
     weights: Weights | None = None
 
 
@@ -129,15 +132,19 @@ def engine_for(
         if memory.verdicts.get(setting):
             raise UnknownArchitecture(memory.verdicts[setting])
         expect_known(base, longest + new)
-        weights = kept if kept is not None and kept.dtype == setting.dtype else Weights(base, setting.dtype)
+        fits = kept is not None and (kept.dtype, kept.embedding.device) == (setting.dtype, setting.device)
+        weights = kept if kept is not None and fits else Weights(base, setting.dtype)
         weights.load(base, vocabulary.size)
         if setting not in memory.verdicts:
             prove(base, weights, vocabulary.size)
             memory.verdicts[setting] = ""
     except UnknownArchitecture as difference:
-        if not memory.verdicts.get(setting):
+        passing = isinstance(difference, TooLong)
+        if not memory.verdicts.get(setting) and not (passing and memory.too_long):
             rank_zero_info(f"sampler: {type(base).__name__} is run by transformers, slower than our decoder ({difference})")
-        memory.verdicts[setting] = str(difference)
+        memory.too_long |= passing
+        if not passing:
+            memory.verdicts[setting] = str(difference)
         return TransformersEngine(base, vocabulary.pad_id)
     # a CPU hands out fresh memory page by page, which takes longer than filling it; a sharded model must not leave a whole copy
     if setting.device.type == "cpu" and not parallel.is_cut(base):

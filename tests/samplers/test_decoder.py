@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +182,21 @@ def test_a_young_adapter_is_not_rounded_away() -> None:
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------------
+def test_the_first_write_may_stand_in_inference_mode(vocabulary: Vocabulary) -> None:
+    model, sampler = made(KNOWN["llama"]), NativeSampler(max_new_tokens=4)
+    with torch.inference_mode():
+        first = sampler.write(model, PROMPTS, SEEDS, vocabulary, 0)
+    assert [c.ids for c in sampler.write(model, PROMPTS, SEEDS, vocabulary, 0)] == [c.ids for c in first]
+
+
+def test_rows_beyond_the_window_do_not_condemn_shorter_ones() -> None:
+    model = made(lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)))
+    words: Any = SimpleNamespace(size=30, pad_id=0)
+    with torch.no_grad():
+        found = [type(engine_for(model, "auto", words, [(3, 4)], 1, new)) for new in (4, 40, 4)]
+    assert found == [Decoder, TransformersEngine, Decoder]
+
+
 def adapted() -> Any:
     model: Any = add_lora(made(KNOWN["llama"]), LoRA(r=4), seed=0)
     for name, p in model.named_parameters():
