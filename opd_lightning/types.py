@@ -180,13 +180,13 @@ class Rollout:
         """Rows of several rollouts below each other, padded to the longest."""
         longest = max(p.text.ids.shape[1] for p in parts)
         recorded = [_pad(p.sampler_logprobs, longest - 1) for p in parts]
-        teachers = [p.teacher_text for p in parts if p.teacher_text is not None]
+        apart = any(p.teacher_text is not None for p in parts)  # beside them, parts whose rows nobody tells more about
         top_ids = [_pad(p.top_ids, longest - 1) for p in parts if p.top_ids is not None]
         joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in ("row", "prompt_index", "policy_step", "ended")}
         return cls(
             text=Rendering.cat([p.text for p in parts]),
             sampler_logprobs=torch.cat(recorded),
-            teacher_text=Rendering.cat(teachers) if teachers else None,
+            teacher_text=Rendering.cat([p.for_teacher for p in parts]) if apart else None,
             scale=parts[0].scale,
             group_size=parts[0].group_size,
             top_ids=torch.cat(top_ids) if top_ids else None,

@@ -58,3 +58,14 @@ def test_state_is_plain_and_round_trips(tmp_path) -> None:
 def test_to_moves_every_tensor() -> None:
     r = rollout().to(torch.device("meta"))
     assert r.text.ids.device.type == r.teacher_text.mask.device.type == r.row.device.type == "meta"
+
+
+def test_cat_keeps_the_rows_that_the_teacher_reads_as_the_student_does() -> None:
+    told = Rollout.of([Prompt(0, "", (1, 2), (1, 7, 2))], [Completion((3, 4), (-1.0,) * 2, True, 0)], 0)
+    plain = Rollout.of([Prompt(1, "", (5, 6), row=1)], [Completion((3, 4, 8), (-1.0,) * 3, True, 0)], 0)
+    for parts in ([told, plain], [plain, told]):
+        theirs = Rollout.cat(parts).for_teacher
+        assert [r[:n].tolist() for r, n in zip(theirs.ids, theirs.lengths, strict=True)] == [
+            p.for_teacher.ids[0, : p.for_teacher.lengths[0]].tolist() for p in parts
+        ]
+    assert Rollout.cat([plain, plain]).teacher_text is None

@@ -87,10 +87,10 @@ def likeliest(model: nn.Module, text: Rendering, vocab: int, k: int, rows: int) 
     for some in torch.arange(len(text.ids)).split(rows):
         part = text.select(some)
         laws = laws_of(model, part.map(lambda x: x.to(device)), vocab)
-        starts = range(0, len(laws), RANKED)
-        ids = [laws.logits(i, min(i + RANKED, len(laws))).topk(k, -1).indices.int().cpu() for i in starts]
         row, t = part.mask.nonzero(as_tuple=True)
-        found[some[row], t] = torch.cat(ids)
+        for tokens in torch.arange(len(laws)).split(RANKED) if len(laws) else ():
+            ids = laws.logits(int(tokens[0]), int(tokens[-1]) + 1).topk(k, -1).indices
+            found[some[row[tokens]], t[tokens]] = ids.int().cpu()
     return found
 
 

@@ -30,7 +30,7 @@ from transformers import (
 from opd_lightning.models import AdapterOffTeacher, LoRA, StartTeacher, Student
 from opd_lightning.models import attention as attention_module
 from opd_lightning.models.attention import NAME, line_states
-from opd_lightning.models.distributions import laws_of, pack_rows
+from opd_lightning.models.distributions import laws_of, likeliest, pack_rows
 from opd_lightning.models.packing import Layout, lay_out
 from opd_lightning.types import Rendering
 
@@ -264,3 +264,9 @@ def test_a_packing_model_still_generates_and_is_saved_as_any_other(tmp_path: Pat
     assert torch.equal(model.generate(prompt, **keys), expected)
     model.save_pretrained(tmp_path)
     assert NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+
+
+def test_nothing_is_ranked_where_nothing_was_written() -> None:
+    student = Student("zoo/addition/student").build().eval()
+    text = Rendering.of([(3, 4), (3,)], [(), (5, 6)], 0)
+    assert likeliest(student, text, 10, 3, rows=1).count_nonzero(dim=(1, 2)).tolist()[0] == 0
