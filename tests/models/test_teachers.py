@@ -105,6 +105,20 @@ def test_small_rates_are_not_lost_in_bfloat16(pair: tuple[Path, Path]) -> None:
     assert float((way * whole).sum() / whole.square().sum()) == pytest.approx(1 - 0.999**1000, abs=0.01)
 
 
+def test_a_second_fit_counts_its_steps_from_the_beginning(pair: tuple[Path, Path]) -> None:
+    student, teacher = student_of(pair), EMATeacher(0.5)
+    teacher.build(student)
+    for step in (1, 2, 3):
+        teacher.after_step(student, step)
+    shake(student, 0)
+    now = trained(student)
+    start = {n: p.detach().double().clone() for n, p in teacher.model.named_parameters()}
+    for step, share in ((1, 0.5), (1, 0.5), (2, 0.75)):  # a step that is told twice counts once
+        teacher.after_step(student, step)
+        for name, p in teacher.model.named_parameters():
+            torch.testing.assert_close(p.double(), start[name] + share * (now[name] - start[name]), atol=1e-6, rtol=1e-5)
+
+
 def test_a_periodic_copy_jumps(pair: tuple[Path, Path]) -> None:
     student, teacher = student_of(pair), PeriodicTeacher(every=3)
     teacher.build(student)
@@ -302,6 +316,7 @@ def test_the_student_of_a_run_teaches(kind: str, pair: tuple[Path, Path], tmp_pa
         teacher = CheckpointTeacher(str(tmp_path / place))
         teacher.build(module.student)
         torch.testing.assert_close(law(teacher.laws(module.student, TEXT, V)), expected, atol=1e-5, rtol=1e-5)
+        assert "_checkpoint" not in vars(teacher)  # a second copy of the weights
         assert teacher.rows() == V and teacher.tokenizer().get_vocab() == module.vocabulary.tokenizer.get_vocab()
 
 

@@ -50,7 +50,7 @@ class CheckpointTeacher(FrozenTeacher):
         state: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
         if "student" not in state.get("hyper_parameters", {}):
             raise ValueError(f"{self.path} is no checkpoint of this package: it does not say how its student is built")
-        return state
+        return {key: state[key] for key in ("hyper_parameters", "state_dict")}  # not the optimizer's states
 
     @cached_property
     def _recipe(self) -> Student:
@@ -84,6 +84,7 @@ class CheckpointTeacher(FrozenTeacher):
 
     def _from_run(self) -> nn.Module:
         model, weights = self._recipe.build(), self._checkpoint["state_dict"]
+        del self._checkpoint  # the recipe has been read
         trained = {f"student.{n}" for n, p in model.named_parameters() if p.requires_grad}
         if missing := trained - weights.keys():
             raise ValueError(f"{self.path} lacks {len(missing)} trained tensors of its own student (first: {min(missing)})")

@@ -88,7 +88,7 @@ class FollowingTeacher(StartTeacher):
 
     @torch.no_grad()
     def after_step(self, student: nn.Module, step: int) -> None:
-        if step <= self.step:  # a micro-batch that closed no optimizer step
+        if step == self.step:  # a micro-batch that closed no optimizer step; a new fit counts from 0 again
             return
         self.step = step
         if step % self.every:
