@@ -134,9 +134,10 @@ class PromptDataModule(pl.LightningDataModule):
             missing = (
                 f"{uninformed} of {len(rows)} rows have nothing that data.teacher_template {self.teacher_template!r} tells"
             )
-            if uninformed == len(rows):
+            if first == 0 and uninformed == len(rows):
                 raise ValueError(f"{missing}; their columns are {', '.join(rows[0])}")
-            rank_zero_warn(f"{missing}: they are written, but not trained on")
+            use = "they are written, but not trained on" if first == 0 else "no divergence is measured on these held-out rows"
+            rank_zero_warn(f"{missing}: {use}")
         if unknown:
             rank_zero_warn(
                 f"{unknown} of {len(rows)} prompts or completions hold text that the tokenizer does not know (<unk>)"

@@ -222,6 +222,19 @@ def test_a_context_that_no_row_can_fill_is_refused(pair: tuple[Path, Path], tmp_
         tiny_trainer(tmp_path).fit(tiny_module(pair), data)
 
 
+def test_held_out_rows_need_no_information(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    held = TaskPrompts(Addition(digits=2), size=4, seed=9)
+    data = tiny_data(
+        prompts=Gappy(Addition(digits=2), 40, 3),
+        held_out=0,
+        held_out_prompts=held,
+        template=PlainTemplate(),
+        teacher_template=Hint(),
+    )
+    tiny_trainer(tmp_path, max_steps=1).fit(tiny_module(pair), data)
+    assert len(data.eval_prompts) == 4 and not any(p.informed for p in data.eval_prompts)
+
+
 def test_a_group_context_needs_a_grader(pair: tuple[Path, Path], tmp_path: Path) -> None:
     data = tiny_data(prompts=GivenPrompts(["1+1="] * 9), held_out=0, teacher_template=SiblingSuccess())
     with pytest.raises(ValueError, match=r"data\.teacher_template\.grader"):
