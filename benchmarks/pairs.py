@@ -125,7 +125,7 @@ def fit_config(
     **optimizer: Any,
 ) -> Path:
     """Write the YAML of our side's run: on-policy reverse KL over the whole vocabulary, one optimizer step per rollout."""
-    settings = {"lr": 1e-5, "weight_decay": 0.0, **optimizer}
+    settings = {"lr": 1e-5, "weight_decay": 0.0, "fused": True, **optimizer}
     gate = {"class_path": "gate.Gate", "init_args": {"eos": eos}}
     config = {
         "trainer": {

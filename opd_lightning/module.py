@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -308,7 +308,7 @@ class OPDModule(pl.LightningModule):
             self._seen = [a + b for a, b in zip(self._seen or [0.0] * len(added), added, strict=True)]
         if self.critic is not None and not objective.needs_critic:  # DDP waits for every parameter
             loss = loss + 0.0 * (self.critic.weight.sum() + self.critic.bias.sum())
-        return {"loss": loss, "output": out}
+        return {"loss": loss, "output": replace(out, loss=out.loss.detach())}  # the graph ends with its backward pass
 
     def on_before_backward(self, loss: Tensor) -> None:
         self.clock.enter("backward")
