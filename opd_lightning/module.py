@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -367,6 +367,10 @@ class OPDModule(pl.LightningModule):
         for name, model in self._leaves().items():
             if name in found_teachers:
                 model.load_state_dict(found_teachers[name])
+            elif model.state_dict():
+                rank_zero_warn(
+                    f"the checkpoint holds no state of the {name} {model!r}: it starts anew from the student's start"
+                )
         if "state_dict" not in checkpoint:  # sharded strategies load the weights themselves
             return
         found = set(checkpoint["state_dict"])

@@ -22,9 +22,10 @@ from torch import nn
 
 from opd_lightning.inspect import subrun
 from opd_lightning.inspect.setups import Setup
-from opd_lightning.models.loading import hollow_model, load_config
+from opd_lightning.models.loading import hollow_model
 from opd_lightning.models.lora import add_lora
 from opd_lightning.models.students import Student, prune_layers
+from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, FunctionTeacher, LiveTeacher
 from opd_lightning.ops.fused import TILE
 
 PHASES = ("rollout", "student forward", "teacher forward", "heads and loss", "backward", "optimizer")
@@ -106,10 +107,9 @@ class Shape:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, path: str, dtype: str, recipe: Student | None = None) -> Shape:
+    def of(cls, config: Any, dtype: str, recipe: Student | None = None) -> Shape:
         """Read from the configuration of a model; its weights are not loaded."""
-        config = load_config(path)
-        model: Any = hollow_model(path)
+        model: Any = hollow_model(config)
         if recipe is not None and recipe.keep_layers is not None:
             prune_layers(model, recipe.keep_layers)
         layers = len(model.get_decoder().layers)
@@ -170,7 +170,20 @@ def load_of(setup: Setup) -> Load:
     )
 
 
-def forecast(student: Shape, teacher: Shape | None, load: Load, machine: Machine, checkpointing: bool) -> dict[str, float]:
+def teachers_of(setup: Setup, student: Shape) -> list[tuple[Shape, bool]]:
+    """The networks that answer, and whether each has weights of its own beside the student's."""
+    if not setup.module.objective.needs_teacher:
+        return []
+    found = []
+    for leaf in setup.module.teacher.leaves().values():
+        if isinstance(leaf, FrozenTeacher):
+            found.append((Shape.of(leaf.config(), leaf.dtype), True))
+        elif leaf.answers and not isinstance(leaf, FunctionTeacher):
+            found.append((student, not isinstance(leaf, (AdapterOffTeacher, LiveTeacher))))
+    return found
+
+
+def forecast(student: Shape, teachers: Sequence[Shape], load: Load, machine: Machine, checkpointing: bool) -> dict[str, float]:
     """Seconds of an optimizer step by phase."""
     tokens = load.rollouts * (load.prompt + load.completion)
     written = load.rollouts * load.completion
@@ -179,7 +192,7 @@ def forecast(student: Shape, teacher: Shape | None, load: Load, machine: Machine
     reading = (student.body + student.head) * student.dtype.itemsize / machine.bandwidth
     together = load.decoded_together
     computing = 2 * (student.body + student.head) * together / speed
-    step = max(reading + 2 * student.layers * LAYER_SECONDS / 2, computing)
+    step = max(reading + student.layers * LAYER_SECONDS, computing)
     found = {
         "rollout": (batches * load.completion * step + 2 * student.body * load.rollouts * load.prompt / speed) / load.passes,
         "student forward": 2 * student.body * tokens / speed + student.layers * LAYER_SECONDS,
@@ -187,14 +200,15 @@ def forecast(student: Shape, teacher: Shape | None, load: Load, machine: Machine
         "backward": (4 + 2 * checkpointing) * student.body * tokens / speed + 2 * student.layers * LAYER_SECONDS,
         "optimizer": 7 * student.trained * student.dtype.itemsize / machine.bandwidth,
     }
-    if teacher is not None:
+    for teacher in teachers:
         of_teacher = machine.products[teacher.dtype]
-        found["teacher forward"] = 2 * teacher.body * tokens / of_teacher + teacher.layers * LAYER_SECONDS
+        took = 2 * teacher.body * tokens / of_teacher + teacher.layers * LAYER_SECONDS
+        found["teacher forward"] = found.get("teacher forward", 0.0) + took
         found["heads and loss"] += 2 * teacher.head * written / of_teacher
     return {name: found[name] * OVERHEAD.get(name, 1.6) for name in PHASES if name in found}
 
 
-def memory(student: Shape, teacher: Shape | None, load: Load, machine: Machine, checkpointing: bool) -> dict[str, float]:
+def memory(student: Shape, teachers: Sequence[Shape], load: Load, machine: Machine, checkpointing: bool) -> dict[str, float]:
     """Bytes at the peak of a step by owner."""
     tokens = load.micro_batch * (load.prompt + load.completion)
     size = student.dtype.itemsize
@@ -203,7 +217,7 @@ def memory(student: Shape, teacher: Shape | None, load: Load, machine: Machine, 
     one_layer = (9 * student.width + 4 * student.inner) if checkpointing else 0
     found = {
         "student": float(student.bytes),
-        "teacher": float(teacher.bytes) if teacher is not None else 0.0,
+        "teacher": float(sum(t.bytes for t in teachers)),
         "gradients": float(student.trained * size),
         "optimizer": 2.0 * student.trained * size,
         "activations": tokens * (student.layers * kept + one_layer) * size,
@@ -257,18 +271,18 @@ def table(predicted: dict[str, float], bytes_: dict[str, float], measured: tuple
 
 def cost(setup: Setup, words: Sequence[str], measuring: bool) -> str:
     """The page of ``opd doctor --cost``."""
-    recipe, model = setup.module.recipe, setup.module.teacher
-    student = Shape.of(recipe.path, recipe.dtype, recipe)
-    path = getattr(model, "path", None)
-    teacher = Shape.of(path, model.dtype) if path is not None and setup.module.objective.needs_teacher else None  # type: ignore[attr-defined]
+    recipe = setup.module.recipe
+    student = Shape.of(recipe.config(), recipe.dtype, recipe)
+    asked = teachers_of(setup, student)
+    teachers, owned = [shape for shape, _ in asked], [shape for shape, own in asked if own]
     load = load_of(setup)
-    machine = Machine.measured({student.dtype, *({teacher.dtype} if teacher else set())})
+    machine = Machine.measured({student.dtype, *(shape.dtype for shape in teachers)})
     checkpointing = recipe.gradient_checkpointing
-    predicted = forecast(student, teacher, load, machine, checkpointing)
+    predicted = forecast(student, teachers, load, machine, checkpointing)
     head = (
         f"{load.rollouts} rollouts of {load.prompt:.0f} + {load.completion} tokens a step on one {machine.name}: "
         + ", ".join(f"{rate / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}" for dtype, rate in machine.products.items())
         + f", {machine.bandwidth / 1e9:.0f} GB/s"
     )
     measured = measure(words) if measuring else None
-    return head + "\n\n" + table(predicted, memory(student, teacher, load, machine, checkpointing), measured)
+    return head + "\n\n" + table(predicted, memory(student, owned, load, machine, checkpointing), measured)

@@ -110,10 +110,10 @@ def load_config(path: str) -> Any:
     return AutoConfig.from_pretrained(local_folder(path))
 
 
-def hollow_model(path: str) -> nn.Module:
+def hollow_model(config: Any) -> nn.Module:
     """A model without the memory for its weights (on the meta device): for counting."""
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(load_config(path))
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model
 
 

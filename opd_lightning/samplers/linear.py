@@ -55,7 +55,7 @@ class Linear:
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)
         pieces = whole.split(rows)
         pieces_of_bias = [None] * len(pieces) if bias is None else bias.split(rows)
-        self.packed = self.packed[: len(pieces)] or [(whole, None)] * len(pieces)
+        self.packed = [*self.packed, *[(whole, None)] * len(pieces)][: len(pieces)]
         for i, (piece, b) in enumerate(zip(pieces, pieces_of_bias, strict=True)):
             self.packed[i] = (whole, None)  # the old piece makes room for the new one
             piece = piece.to(self.dtype).contiguous()

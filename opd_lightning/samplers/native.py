@@ -92,6 +92,11 @@ class NativeSampler(Configurable):
         rows, texts = min(self.batch_size, len(prompts)), [tuple(p) for p in prompts]
         engine = engine_for(model, self.engine, vocabulary, texts, rows, self.max_new_tokens)
         written = self._decode(engine, texts, seeds, vocabulary, next(model.parameters()).device, on_progress)
+        if bool(written[1].isnan().any()):
+            raise FloatingPointError(
+                "the writer's logits are not numbers: its weights hold NaN or infinity. Go on from an earlier checkpoint with "
+                "a smaller model.optimizer.init_args.lr, or with trainer.gradient_clip_val"
+            )
         return [
             Completion(tuple(ids[:n]), tuple(logprobs[:n]), ended, policy_step)
             for ids, logprobs, n, ended in zip(*(column.tolist() for column in written), strict=True)
