@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from opd_lightning.callbacks import (
+    Alarms,
     ColdStart,
     CompletionEval,
     FiniteLoss,
@@ -38,11 +39,11 @@ DEFAULTS: dict[str, Any] = {
 }
 FIRST = (ColdStart, RolloutRefresh, CompletionEval)
 """Set up before all others, in this order: each sets what the next ones, and callbacks like EarlyStopping, read."""
-CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoint)
+CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, Alarms, FiniteLoss, GracefulStop, OPDCheckpoint)
 
 
 class OPDTrainer(pl.Trainer):
-    """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, checkpoints, clean
+    """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, alarms, checkpoints, clean
     stop, NaN guard, progress bar)
     and a CSV logger below ``default_root_dir`` are added; everything else is Lightning's own.
 
@@ -139,7 +140,9 @@ def _with_core(kwargs: dict[str, Any]) -> dict[str, Any]:
     for cls in CORE:
         if not any(isinstance(c, cls) for c in callbacks) and (cls is not OPDCheckpoint or checkpointing):
             callbacks.append(cls())
-    callbacks.sort(key=lambda c: next((i for i, cls in enumerate(FIRST) if isinstance(c, cls)), len(FIRST)))
+    callbacks.sort(
+        key=lambda c: next((i for i, cls in enumerate(FIRST) if isinstance(c, cls)), len(FIRST) + isinstance(c, Alarms))
+    )  # alarms last: they read what the others have logged
     if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
         callbacks.append(OPDProgressBar())
     if kwargs.get("logger") in (None, True):

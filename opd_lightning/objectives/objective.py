@@ -237,7 +237,8 @@ class Objective(Configurable):
         """
         sampler = rollout.sampler_logprobs[rollout.mask]
         drawn = parts.logprob.detach()
-        stats = {**stats, "ratio_deviation": ((drawn - sampler).exp() - 1.0).abs()}
+        ratio = (drawn - sampler).exp()
+        stats = {**stats, "ratio": ratio, "ratio_deviation": (ratio - 1.0).abs()}
         sampler = sampler.where(~sampler.isnan(), drawn.to(sampler.dtype))  # rows that do not count
         counts = _counts(rollout, rows)
         with exactly(sampler):
