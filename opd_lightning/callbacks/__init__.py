@@ -22,6 +22,7 @@ from opd_lightning.callbacks.entropy_monitor import EntropyMonitor
 from opd_lightning.callbacks.progress import OPDProgressBar, TimeTable
 from opd_lightning.callbacks.recovery import FiniteLoss, GracefulStop, OPDCheckpoint, RNGState
 from opd_lightning.callbacks.rollout_refresh import RolloutRefresh
+from opd_lightning.callbacks.run_card import RunCard
 from opd_lightning.callbacks.step_monitor import StepMonitor, TrainMonitor
 from opd_lightning.callbacks.teacher_update import TeacherUpdate
 from opd_lightning.callbacks.watch import Alarms
@@ -48,6 +49,7 @@ __all__ = [
     "RNGState",
     "RepetitionLoop",
     "RolloutRefresh",
+    "RunCard",
     "SignalOutliers",
     "StaleRollouts",
     "StepMonitor",

@@ -305,14 +305,14 @@ class GradientSpike(Alarm):
     """The gradient's norm is a multiple of what it was in the steps before.
 
     Args:
-        factor: of their median.
+        factor: of their median, or of 0.2 where that is less: smaller norms are no danger.
         steps: looked back on; half of them must be known.
         patience: optimizer steps.
     """
 
     advice = "clip gradients (trainer.gradient_clip_val), lower the learning rate, or look at the rollouts of this step"
 
-    def __init__(self, factor: float = 10.0, steps: int = 20, patience: int = 1) -> None:
+    def __init__(self, factor: float = 5.0, steps: int = 20, patience: int = 1) -> None:
         super().__init__(patience)
         self.factor, self.steps = factor, steps
 
@@ -321,7 +321,7 @@ class GradientSpike(Alarm):
             return None
         norm = now["train/gradient_norm"]
         before = self.last("norm", norm, self.steps)
-        if 2 * len(before) < self.steps or norm <= self.factor * median(before):
+        if 2 * len(before) < self.steps or norm <= self.factor * max(median(before), 0.2):
             return ""
         return f"the gradient's norm is {norm:.3g}, its median over the last {len(before)} steps {median(before):.3g}"
 

@@ -30,7 +30,9 @@ class EntropyMonitor(StepMonitor):
         lows, highs = [0, *self.edges], [*self.edges, None]
         for who in ("student", "teacher"):
             values = output.stats.values.get(f"{who}_entropy")
-            for low, high in zip(lows, highs, strict=True) if values is not None else ():
+            if values is None:
+                continue
+            for low, high in zip(lows, highs, strict=True):
                 inside = output.stats.position >= low
                 if high is not None:
                     inside &= output.stats.position < high

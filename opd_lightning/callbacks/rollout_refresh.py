@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from opd_lightning import parallel
 from opd_lightning.callbacks.pairing import declared_with, refuse_unfit_teacher, remarks
-from opd_lightning.callbacks.step_monitor import at_step_end
+from opd_lightning.callbacks.step_monitor import Logging, at_step_end
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.data.buffer import Plan, RolloutBuffer
 from opd_lightning.data.datamodule import PromptDataModule
@@ -26,7 +26,7 @@ from opd_lightning.sources import Source, StudentSource
 from opd_lightning.types import Rollout
 
 
-class RolloutRefresh(pl.Callback):
+class RolloutRefresh(Logging):
     """Fills the rollout buffer: which prompts, who writes, how often.
 
     Args:
@@ -61,7 +61,6 @@ class RolloutRefresh(pl.Callback):
         self.buffer: RolloutBuffer | None = None
         self.total_tokens = 0  # completion tokens handed to training so far, over all ranks
         self.pending: dict[str, float | torch.Tensor] = {}
-        self.logged: dict[str, float] = {}  # of the last optimizer step; empty where it began with no refresh
         self._loaded: dict[str, Any] | None = None
         self._alone = False
 
@@ -278,8 +277,9 @@ class RolloutRefresh(pl.Callback):
         again, distinct = Repetition().to(device), DistinctNGrams().to(device)
         again.update(texts)
         distinct.update(texts)
-        found = {"rollout/repetition": float(again.compute()), "rollout/distinct": float(distinct.compute())}
-        return {k: v for k, v in found.items() if not math.isnan(v)} | {
+        on_text = {"rollout/repetition": float(again.compute()), "rollout/distinct": float(distinct.compute())}
+        known: dict[str, float | torch.Tensor] = {k: v for k, v in on_text.items() if not math.isnan(v)}
+        return known | {
             "rollout/completion_tokens": tokens / count,
             "rollout/total_tokens": torch.tensor(self.total_tokens, dtype=torch.float64),  # plain numbers pass through float32
             "rollout/truncated": truncated / count,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,19 +25,31 @@ def at_step_end(trainer: pl.Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
-class StepMonitor(pl.Callback):
+class Logging(pl.Callback):
+    """A callback whose logged values others may read.
+
+    Attributes:
+        logged: what was logged at the end of the last optimizer step, equal on all ranks; empty if nothing was.
+    """
+
+    logged: Mapping[str, float] = MappingProxyType({})
+
+
+def logged_at_step(trainer: pl.Trainer) -> dict[str, float]:
+    """Everything that was logged at the end of this optimizer step, for callbacks that come after the monitors."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return {key: value for c in callbacks if isinstance(c, Logging) for key, value in c.logged.items()}
+
+
+class StepMonitor(Logging):
     """Collects per-token values over the micro-batches and ranks of an optimizer step, then logs their means once.
 
     A subclass says what it collects in `collect`. Means are over tokens: sums and counts are added up, then divided. NaN marks
     a token that has no value.
-
-    Attributes:
-        logged: what was logged at the end of the last optimizer step, equal on all ranks; `Alarms` reads it.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[float, float]] = {}
-        self.logged: dict[str, float] = {}
 
     def collect(self, output: ObjectiveOutput, rollout: Rollout) -> dict[str, Tensor]:
         """Metric key -> per-token (or per-row) values of this micro-batch. The same keys on every rank."""
@@ -60,9 +74,10 @@ class StepMonitor(pl.Callback):
         totals = parallel.sum_over_ranks([x for key in keys for x in self.sums[key]])
         self.sums.clear()
         means = {key: totals[2 * i] / totals[2 * i + 1] for i, key in enumerate(keys) if totals[2 * i + 1]}
-        self.logged = self.derive(means)
-        pl_module.log_dict(self.logged, batch_size=1)
-        self.on_step(trainer, pl_module, self.logged)
+        found = self.derive(means)
+        self.logged = found
+        pl_module.log_dict(found, batch_size=1)
+        self.on_step(trainer, pl_module, found)
 
 
 def _sums(found: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
@@ -140,5 +155,5 @@ class TrainMonitor(StepMonitor):
             "train/step_seconds": now - self._clock,
         }
         self._clock = now
-        self.logged |= found
+        self.logged = {**self.logged, **found}
         pl_module.log_dict(found | phases, batch_size=1)

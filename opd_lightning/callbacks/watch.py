@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from opd_lightning.callbacks import alarms as known
 from opd_lightning.callbacks.alarms import Alarm, Facts
 from opd_lightning.callbacks.recovery import save_whole
-from opd_lightning.callbacks.step_monitor import at_step_end
+from opd_lightning.callbacks.step_monitor import at_step_end, logged_at_step
 from opd_lightning.module import OPDModule
 from opd_lightning.types import Rollout
 
@@ -65,9 +65,7 @@ class Alarms(pl.Callback):
             self._phase = phase.name if phase else None
             for alarm in self.alarms.values():
                 alarm.reset()
-        now: dict[str, float] = {}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            now |= getattr(callback, "logged", {})
+        now = logged_at_step(trainer)
         facts = Facts(not pl_module.objective_at(step - 1).needs_sampler, bool(pl_module.teacher.moving))
         for name, alarm in self.alarms.items():
             if what := alarm.watch(now, facts):

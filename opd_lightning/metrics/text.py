@@ -90,4 +90,5 @@ class DistinctNGrams(_OfNGrams, Metric):
     def compute(self) -> Tensor:
         """NaN if there was nothing."""
         codes = self.codes if isinstance(self.codes, Tensor) else torch.cat(self.codes)
-        return (codes.unique().numel() / self.count).float()
+        share: Tensor = codes.unique().numel() / self.count
+        return share.float()

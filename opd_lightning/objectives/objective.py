@@ -76,6 +76,11 @@ class Objective(Configurable):
         ValueError: for a temperature that is not positive.
     """
 
+    control: str = ""
+    """What a control experiment puts in the teacher's place; see `opd_lightning.objectives.controls`."""
+    replaces_signal: bool = False
+    """Whether the signal of drawn tokens is not the teacher's."""
+
     # One argument per axis: more than ten, because there are more than ten axes.
     def __init__(
         self,

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from opd_lightning.callbacks import AgreementMonitor, Alarms, OPDCheckpoint, RolloutRefresh, alarms
 from opd_lightning.callbacks.alarms import Alarm, Facts
+from opd_lightning.callbacks.step_monitor import logged_at_step
 from opd_lightning.data import Addition, PlainTemplate, PromptDataModule, TaskPrompts
 from opd_lightning.metrics.catalog import define
 from opd_lightning.models import EMATeacher, FrozenTeacher, FunctionTeacher, LiveTeacher, Student
@@ -43,7 +44,7 @@ class History(pl.Callback):
         self._take(trainer)
 
     def _take(self, trainer: Any) -> None:
-        self.rows.append({k: v for c in trainer.callbacks for k, v in getattr(c, "logged", {}).items()})
+        self.rows.append(logged_at_step(trainer))
 
 
 def zoo(lr: float = 1e-3, teacher: Any = None, objective: Any = None, **kwargs: Any) -> OPDModule:
@@ -100,7 +101,7 @@ def one_token(ids: torch.Tensor, vocab: int) -> torch.Tensor:
 
 
 def far_too_high_from_step_12(step: int) -> float:
-    return 3000.0 if step >= 12 else 1.0
+    return 20.0 if step >= 12 else 1.0
 
 
 def a_little_of_one_token(ids: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -127,7 +128,7 @@ FAULTS: dict[str, Callable[[Path, Pair], Any]] = {
         root, tiny_module(pair, lr=1e-7), 40, tiny_data(), alarms.OverlapStagnation(steps=20)
     ),
     "GradientSpike": lambda root, pair: watch(
-        root, zoo(scheduler=partial(LambdaLR, lr_lambda=far_too_high_from_step_12)), 16, sums(), tokens=24
+        root, zoo(scheduler=partial(LambdaLR, lr_lambda=far_too_high_from_step_12)), 18, sums(), tokens=48
     ),
     "SignalOutliers": lambda root, pair: watch(root, tiny_module(pair, teacher=FunctionTeacher(one_token)), 8, tiny_data()),
     # eight passes over the same rollouts at a high learning rate
