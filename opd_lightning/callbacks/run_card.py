@@ -187,11 +187,11 @@ def _axes(module: OPDModule) -> Card:
 
 def _optimization(trainer: Any, module: OPDModule, refresh: RolloutRefresh) -> dict[str, Any]:
     optimizer = trainer.optimizers[0] if trainer.optimizers else None
-    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} if optimizer else {}
+    settings = optimizer.defaults if optimizer else {}  # as built: schedules change the groups alone
     return {
         "optimizer": type(optimizer).__name__,
         "settings": {k: v for k, v in settings.items() if isinstance(v, (int, float, bool, tuple)) and v is not None},
-        "schedule": str(module.scheduler) if module.scheduler is not None else "constant",
+        "schedule": module.hparams.get("scheduler") or "constant",
         "steps": trainer.max_steps,
         "rollouts in a step": trainer.datamodule.batch_size,
         "updates per rollout": refresh.passes,
@@ -258,7 +258,10 @@ def load(run: Path) -> Card | None:
 
 def rows(item: dict[str, Any]) -> list[tuple[str, str]]:
     """An item as (field, text) pairs, for tables."""
-    return [(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for key, value in item.items()]
+    return [
+        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+        for key, value in item.items()
+    ]
 
 
 def markdown(name: str, card: Card) -> str:

@@ -245,3 +245,13 @@ def test_own_thresholds_replace_the_default_of_their_class(pair: Pair, tmp_path:
     with pytest.warns(UserWarning, match=r"below 99"):
         found, _ = watch(tmp_path, tiny_module(pair), 3, tiny_data(), alarms.EntropyCollapse(floor=99.0, patience=2))
     assert [(e["step"], e["alarm"]) for e in found.fired] == [(2, "entropy_collapse")]  # once, while it lasts
+
+
+def test_thresholds_and_actions_from_the_command_line() -> None:
+    from opd_lightning.cli import ReadingCLI, _built
+
+    own = "[{class_path: EntropyCollapse, init_args: {floor: 0.1}}]"
+    words = ["fit", "-c", "quickstart.yaml", "--alarms.actions", "{MassDrain: stop, EOSLoss: 'off'}", "--alarms.alarms", own]
+    on_duty = _built(ReadingCLI, words).config_init["fit"]["alarms"]
+    assert on_duty.actions == {"MassDrain": "stop", "EOSLoss": "off"}
+    assert on_duty.alarms["EntropyCollapse"].floor == 0.1 and "EOSLoss" not in on_duty.alarms
