@@ -365,8 +365,11 @@ class StaleRollouts(Alarm):
         size = now.get("train/effective_sample")
         if size is None:
             return None
+        if size >= self.share:
+            return ""
         age = now.get("train/staleness", 0.0)
-        return f"the effective sample is {size:.2f} of the tokens, written {age:.1f} steps ago" if size < self.share else ""
+        when = f"written {age:.1f} steps ago" if age else "though they are fresh (dropout, top_p or the precision differ)"
+        return f"the effective sample is {size:.2f} of the tokens, {when}"
 
 
 class TeacherDrift(Alarm):
