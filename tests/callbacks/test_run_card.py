@@ -37,7 +37,7 @@ def fit(
     root: Path, module: Any, *callbacks: Any, data: Any = None, steps: int = 4, ckpt: str | None = None, **kwargs: Any
 ) -> Any:
     refresh = RolloutRefresh(sampler=SAMPLER, seed=5)
-    run = tiny_trainer(root, [*callbacks, refresh], max_steps=steps, **more)
+    run = tiny_trainer(root, [*callbacks, refresh], max_steps=steps, **kwargs)
     run.fit(module, data or tiny_data(), ckpt_path=ckpt)
     return run
 
