@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 # Short class names resolve among imported classes, so everything that YAML may name is imported here.
 from opd_lightning import callbacks, configfiles, data, metrics, models, objectives, samplers, schedulers, sources  # noqa: F401
-from opd_lightning.callbacks import ColdStart, CompletionEval, GracefulStop, RolloutRefresh
+from opd_lightning.callbacks import Alarms, ColdStart, CompletionEval, GracefulStop, RolloutRefresh
 from opd_lightning.callbacks.recovery import last_checkpoint
 from opd_lightning.configurable import Configurable
 from opd_lightning.data.datamodule import PromptDataModule
@@ -79,7 +79,7 @@ def _class_names() -> set[str]:
 
 def _argument_names() -> set[str]:
     """Keys that some component, or the top level, accepts."""
-    top = {"seed_everything", "trainer", "model", "data", "rollout", "cold_start", "eval", "report", "ckpt_path"}
+    top = {"seed_everything", "trainer", "model", "data", "rollout", "cold_start", "eval", "alarms", "report", "ckpt_path"}
     return top.union(*(inspect.signature(cls).parameters for cls in _components()))
 
 
@@ -111,7 +111,7 @@ class CarriedConfig(SaveConfigCallback):
 class OPDCLI(LightningCLI):
     """LightningCLI for OPDModule and PromptDataModule, with the core callbacks as keys of their own.
 
-    ``rollout``, ``cold_start`` and ``eval`` merge by key when configurations are laid over each other; items of
+    ``rollout``, ``cold_start``, ``eval`` and ``alarms`` merge by key when configurations are laid over each other; items of
     ``trainer.callbacks`` would replace the whole list (append with ``callbacks+``).
     """
 
@@ -127,6 +127,7 @@ class OPDCLI(LightningCLI):
         parser.add_lightning_class_args(ColdStart, "cold_start")
         parser.add_lightning_class_args(RolloutRefresh, "rollout")
         parser.add_lightning_class_args(CompletionEval, "eval")
+        parser.add_lightning_class_args(Alarms, "alarms")
         parser.add_class_arguments(Report, "report")
 
     def _parse_ckpt_path(self) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from opd_lightning.callbacks import (
+    Alarms,
     ColdStart,
     CompletionEval,
     FiniteLoss,
@@ -21,6 +22,7 @@ from opd_lightning.callbacks import (
     OPDProgressBar,
     RNGState,
     RolloutRefresh,
+    RunCard,
     TeacherUpdate,
     TimeTable,
     TrainMonitor,
@@ -38,13 +40,15 @@ DEFAULTS: dict[str, Any] = {
 }
 FIRST = (ColdStart, RolloutRefresh, CompletionEval)
 """Set up before all others, in this order: each sets what the next ones, and callbacks like EarlyStopping, read."""
-CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoint)
+LAST = (Alarms, RunCard)
+"""Called after all others, whose logged values they read."""
+CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, Alarms, RunCard, FiniteLoss, GracefulStop, OPDCheckpoint)
 
 
 class OPDTrainer(pl.Trainer):
-    """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, checkpoints, clean
-    stop, NaN guard, progress bar)
-    and a CSV logger below ``default_root_dir`` are added; everything else is Lightning's own.
+    """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, alarms, run card, checkpoints,
+    clean stop, NaN guard, progress bar) and a CSV logger below ``default_root_dir`` are added; everything else is Lightning's
+    own.
 
     Args:
         float32_matmul: precision of float32 matrix products: ``highest``, ``high`` or ``medium``, as in
@@ -131,6 +135,11 @@ def _set_precision(float32_matmul: str, device: torch.device) -> None:
     )
 
 
+def _place(callback: pl.Callback) -> int:
+    first = next((i for i, cls in enumerate(FIRST) if isinstance(callback, cls)), len(FIRST))
+    return first + isinstance(callback, LAST)
+
+
 def _with_core(kwargs: dict[str, Any]) -> dict[str, Any]:
     kwargs = {**DEFAULTS, **kwargs}
     callbacks = kwargs.get("callbacks") or []
@@ -139,7 +148,7 @@ def _with_core(kwargs: dict[str, Any]) -> dict[str, Any]:
     for cls in CORE:
         if not any(isinstance(c, cls) for c in callbacks) and (cls is not OPDCheckpoint or checkpointing):
             callbacks.append(cls())
-    callbacks.sort(key=lambda c: next((i for i, cls in enumerate(FIRST) if isinstance(c, cls)), len(FIRST)))
+    callbacks.sort(key=_place)
     if kwargs.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
         callbacks.append(OPDProgressBar())
     if kwargs.get("logger") in (None, True):

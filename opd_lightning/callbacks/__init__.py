@@ -1,6 +1,20 @@
 """When: everything that happens around the training step."""
 
 from opd_lightning.callbacks.agreement_monitor import AgreementMonitor
+from opd_lightning.callbacks.alarms import (
+    Alarm,
+    EntropyCollapse,
+    EOSLoss,
+    GradientSpike,
+    LengthCollapse,
+    LengthExplosion,
+    MassDrain,
+    OverlapStagnation,
+    RepetitionLoop,
+    SignalOutliers,
+    StaleRollouts,
+    TeacherDrift,
+)
 from opd_lightning.callbacks.cold_start import ColdStart
 from opd_lightning.callbacks.completion_eval import CompletionEval
 from opd_lightning.callbacks.completion_table import CompletionTable
@@ -8,22 +22,38 @@ from opd_lightning.callbacks.entropy_monitor import EntropyMonitor
 from opd_lightning.callbacks.progress import OPDProgressBar, TimeTable
 from opd_lightning.callbacks.recovery import FiniteLoss, GracefulStop, OPDCheckpoint, RNGState
 from opd_lightning.callbacks.rollout_refresh import RolloutRefresh
+from opd_lightning.callbacks.run_card import RunCard
 from opd_lightning.callbacks.step_monitor import StepMonitor, TrainMonitor
 from opd_lightning.callbacks.teacher_update import TeacherUpdate
+from opd_lightning.callbacks.watch import Alarms
 
 __all__ = [
     "AgreementMonitor",
+    "Alarm",
+    "Alarms",
     "ColdStart",
     "CompletionEval",
     "CompletionTable",
+    "EOSLoss",
+    "EntropyCollapse",
     "EntropyMonitor",
     "FiniteLoss",
     "GracefulStop",
+    "GradientSpike",
+    "LengthCollapse",
+    "LengthExplosion",
+    "MassDrain",
     "OPDCheckpoint",
     "OPDProgressBar",
+    "OverlapStagnation",
     "RNGState",
+    "RepetitionLoop",
     "RolloutRefresh",
+    "RunCard",
+    "SignalOutliers",
+    "StaleRollouts",
     "StepMonitor",
+    "TeacherDrift",
     "TeacherUpdate",
     "TimeTable",
     "TrainMonitor",

@@ -93,24 +93,31 @@ class OPDCheckpoint(Checkpoint):
         target = Path(trainer.default_root_dir) / self.folder / f"step-{trainer.global_step:06d}.ckpt"
         if self._written == trainer.global_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return target
-        partial = target.with_suffix(".partial")
-        try:
-            with trainer.lightning_module.clock.phase("checkpoint", whole=True):  # type: ignore[union-attr, operator]
-                trainer.save_checkpoint(partial)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            rank_zero_warn(
-                f"the checkpoint of step {trainer.global_step} could not be written ({error}); the one before it stays"
-            )
+        if not save_whole(trainer, target):
             return target
         if trainer.is_global_zero:
-            _remove(target)
-            os.replace(partial, target)
             for old in checkpoints(target.parent)[self.keep :] if self.keep else ():
                 _remove(old)
         trainer.strategy.barrier()
         self._written = trainer.global_step
         return target
+
+
+def save_whole(trainer: pl.Trainer, target: Path) -> bool:
+    """Write a checkpoint that has its name only when it is complete; False, with a warning, if it could not be written."""
+    partial = target.with_suffix(".partial")
+    try:
+        with trainer.lightning_module.clock.phase("checkpoint", whole=True):  # type: ignore[union-attr, operator]
+            trainer.save_checkpoint(partial)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        rank_zero_warn(f"the checkpoint of step {trainer.global_step} could not be written ({error}); the one before it stays")
+        return False
+    if trainer.is_global_zero:
+        _remove(target)
+        os.replace(partial, target)
+    trainer.strategy.barrier()
+    return True
 
 
 def checkpoints(folder: Path) -> list[Path]:

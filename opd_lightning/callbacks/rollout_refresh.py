@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from opd_lightning import parallel
 from opd_lightning.callbacks.pairing import declared_with, refuse_unfit_teacher, remarks
-from opd_lightning.callbacks.step_monitor import at_step_end
+from opd_lightning.callbacks.step_monitor import Logging, at_step_end
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.data.buffer import Plan, RolloutBuffer
 from opd_lightning.data.datamodule import PromptDataModule
+from opd_lightning.metrics import DistinctNGrams, Repetition
 from opd_lightning.objectives import Objective
 from opd_lightning.objectives.validate import refuse_unfit_source
 from opd_lightning.samplers import NativeSampler
@@ -24,7 +26,7 @@ from opd_lightning.sources import Source, StudentSource
 from opd_lightning.types import Rollout
 
 
-class RolloutRefresh(pl.Callback):
+class RolloutRefresh(Logging):
     """Fills the rollout buffer: which prompts, who writes, how often.
 
     Args:
@@ -247,7 +249,7 @@ class RolloutRefresh(pl.Callback):
                 with trainer.precision_plugin.forward_context():
                     rollout = replace(rollout, top_ids=pl_module.top_ids(rollout, k, plan.micro_batch_size))
         seconds = time.perf_counter() - started
-        self.pending = self._measure(rollout, seconds)
+        self.pending = self._measure(rollout, seconds, pl_module.device)
         if data.teacher_template is not None:
             informed = torch.tensor([p.informed for p in prompts])
             told, count = parallel.sum_over_ranks([float(informed.sum()), float(len(prompts))])
@@ -267,11 +269,17 @@ class RolloutRefresh(pl.Callback):
         terms = len(local[0])
         return [tuple(factors[c * terms : (c + 1) * terms]) for c in range(plan.chunks)]
 
-    def _measure(self, rollout: Rollout, seconds: float) -> dict[str, float | torch.Tensor]:
+    def _measure(self, rollout: Rollout, seconds: float, device: torch.device) -> dict[str, float | torch.Tensor]:
         local = [float(rollout.mask.sum()), float(len(rollout)), float((~rollout.ended).sum()), seconds / parallel.world_size()]
         tokens, count, truncated, mean_seconds = parallel.sum_over_ranks(local)
         self.total_tokens += int(tokens)
-        return {
+        texts = [ids[mask] for ids, mask in zip(rollout.text.targets, rollout.mask, strict=True)]
+        again, distinct = Repetition().to(device), DistinctNGrams().to(device)
+        again.update(texts)
+        distinct.update(texts)
+        on_text = {"rollout/repetition": float(again.compute()), "rollout/distinct": float(distinct.compute())}
+        known: dict[str, float | torch.Tensor] = {k: v for k, v in on_text.items() if not math.isnan(v)}
+        return known | {
             "rollout/completion_tokens": tokens / count,
             "rollout/total_tokens": torch.tensor(self.total_tokens, dtype=torch.float64),  # plain numbers pass through float32
             "rollout/truncated": truncated / count,
@@ -282,8 +290,9 @@ class RolloutRefresh(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Rollout, batch_idx: int
     ) -> None:
-        if self.pending and at_step_end(trainer):
+        if at_step_end(trainer):
             pl_module.log_dict(self.pending, batch_size=1)
+            self.logged = {key: float(value) for key, value in self.pending.items()}
             self.pending = {}
 
     # ---- the probe of ByDifficulty -----------------------------------------------------------------------------------------

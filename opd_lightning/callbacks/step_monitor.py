@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,8 +12,12 @@ import torch
 from torch import Tensor
 
 from opd_lightning import parallel
-from opd_lightning.metrics import TokenMean
 from opd_lightning.types import NOT_A_STUDENT, ObjectiveOutput, Rollout
+
+MEANS = ("reverse_kl", "k1", "k3", "student_entropy", "teacher_entropy", "critic_loss")
+OUTLIER = 10.0
+"""Nats between the two log-probabilities of a drawn token from which on its signal counts as an outlier. Our choice: one of
+them gives the token less than a twenty-thousandth of what the other does."""
 
 
 def at_step_end(trainer: pl.Trainer) -> bool:
@@ -19,18 +25,39 @@ def at_step_end(trainer: pl.Trainer) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
-class StepMonitor(pl.Callback):
+class Logging(pl.Callback):
+    """A callback whose logged values others may read.
+
+    Attributes:
+        logged: what was logged at the end of the last optimizer step, equal on all ranks; empty if nothing was.
+    """
+
+    logged: Mapping[str, float] = MappingProxyType({})
+
+
+def logged_at_step(trainer: pl.Trainer) -> dict[str, float]:
+    """Everything that was logged at the end of this optimizer step, for callbacks that come after the monitors."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return {key: value for c in callbacks if isinstance(c, Logging) for key, value in c.logged.items()}
+
+
+class StepMonitor(Logging):
     """Collects per-token values over the micro-batches and ranks of an optimizer step, then logs their means once.
 
-    A subclass says what it collects in `collect`. Means are over tokens: sums and counts are added up, then divided.
+    A subclass says what it collects in `collect`. Means are over tokens: sums and counts are added up, then divided. NaN marks
+    a token that has no value.
     """
 
     def __init__(self) -> None:
-        self.means: dict[str, TokenMean] = {}
+        self.sums: dict[str, tuple[float, float]] = {}
 
     def collect(self, output: ObjectiveOutput, rollout: Rollout) -> dict[str, Tensor]:
         """Metric key -> per-token (or per-row) values of this micro-batch. The same keys on every rank."""
         raise NotImplementedError
+
+    def derive(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged, made of the step's means."""
+        return means
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, values: dict[str, float]) -> None:
         """Called with the step's means, after they were logged."""
@@ -38,21 +65,37 @@ class StepMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Rollout, batch_idx: int
     ) -> None:
-        for key, values in self.collect(outputs["output"], batch).items():
-            self.means.setdefault(key, TokenMean(sync_on_compute=False)).update(values.detach().cpu())
+        for key, (total, count) in _sums(self.collect(outputs["output"], batch)).items():
+            before = self.sums.get(key, (0.0, 0.0))
+            self.sums[key] = before[0] + total, before[1] + count
         if not at_step_end(trainer):
             return
-        keys = list(self.means)
-        sums = [float(x) for key in keys for x in (self.means[key].total, self.means[key].count)]
-        totals = parallel.sum_over_ranks(sums)
-        found = {key: totals[2 * i] / totals[2 * i + 1] for i, key in enumerate(keys) if totals[2 * i + 1]}
-        self.means.clear()
+        keys = list(self.sums)
+        totals = parallel.sum_over_ranks([x for key in keys for x in self.sums[key]])
+        self.sums.clear()
+        means = {key: totals[2 * i] / totals[2 * i + 1] for i, key in enumerate(keys) if totals[2 * i + 1]}
+        found = self.derive(means)
+        self.logged = found
         pl_module.log_dict(found, batch_size=1)
         self.on_step(trainer, pl_module, found)
 
 
+def _sums(found: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Sum and number of the values that are known, with one transfer from the device for all keys."""
+    if not found:
+        return {}
+    rows = []
+    for values in found.values():
+        known = values.detach().cpu() if values.device.type == "mps" else values.detach()  # which has no float64
+        rows += [known.nansum(dtype=torch.float64), (~known.isnan()).sum(dtype=torch.float64)]
+    flat = torch.stack(rows).tolist()
+    return {key: (flat[2 * i], flat[2 * i + 1]) for i, key in enumerate(found)}
+
+
 class TrainMonitor(StepMonitor):
-    """Loss, reverse KL, importance ratio, staleness, gradient norm, learning rate and time of every optimizer step."""
+    """Loss, reverse KL, entropies, signal, importance ratio, staleness, gradient norm, learning rate and time of every
+    optimizer step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,14 +111,29 @@ class TrainMonitor(StepMonitor):
     def collect(self, output: ObjectiveOutput, rollout: Rollout) -> dict[str, Tensor]:
         age = (self._step - rollout.policy_step).float()
         age = age.masked_fill(rollout.policy_step == NOT_A_STUDENT, torch.nan)
+        stats = output.stats.values
         found = {
             "train/loss": output.token_loss[rollout.mask],
-            "train/ratio_deviation": output.stats.values["ratio_deviation"],
+            "train/ratio_deviation": stats["ratio_deviation"],
             "train/staleness": age,
+            "ratio": stats["ratio"],
+            "ratio_squared": stats["ratio"].square(),
         }
-        return found | {
-            f"train/{k}": output.stats.values[k] for k in ("reverse_kl", "k1", "k3", "critic_loss") if k in output.stats.values
-        }
+        if "k1" in stats:
+            cost = stats["k1"]  # minus the signal of the drawn token
+            found |= {
+                "train/neg_frac": (cost > 0.0).to(cost.dtype),
+                "train/suppressed": cost.clamp(min=0.0),
+                "train/raised": (-cost).clamp(min=0.0),
+                "train/signal_outliers": (cost.abs() > OUTLIER).to(cost.dtype),
+            }
+        return found | {f"train/{k}": stats[k] for k in MEANS if k in stats}
+
+    def derive(self, means: dict[str, float]) -> dict[str, float]:
+        first, second = means.pop("ratio", None), means.pop("ratio_squared", None)
+        if first is not None and second:
+            means["train/effective_sample"] = first**2 / second
+        return means
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Rollout, batch_idx: int) -> None:
         self._step = trainer.global_step
@@ -97,4 +155,5 @@ class TrainMonitor(StepMonitor):
             "train/step_seconds": now - self._clock,
         }
         self._clock = now
+        self.logged = {**self.logged, **found}
         pl_module.log_dict(found | phases, batch_size=1)

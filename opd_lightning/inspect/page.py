@@ -14,6 +14,8 @@ from markupsafe import Markup
 matplotlib.use("Agg")  # no display needed
 from matplotlib import pyplot as plt
 
+from opd_lightning.callbacks.run_card import load
+from opd_lightning.callbacks.run_card import rows as rows_of
 from opd_lightning.inspect.report import COLUMNS, ROW_TITLES, Curves, _shown, is_row
 from opd_lightning.metrics.catalog import define
 
@@ -46,6 +48,7 @@ PAGE = """<!doctype html>
  pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: 13px; }
  .samples td { text-align: left; vertical-align: top; font-family: ui-monospace, monospace; font-size: 13px;
                white-space: pre-wrap; overflow-wrap: anywhere; }
+ .card td, .card th { text-align: left; vertical-align: top; overflow-wrap: anywhere; font-size: 13px; }
  .wrong { color: #a33; } .right { color: #2a7; }
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -57,6 +60,10 @@ PAGE = """<!doctype html>
 <table class="samples"><tr><th>prompt</th><th>before</th><th>after</th></tr>
 {% for s in samples %}<tr><td>{{ s.prompt }}</td><td class="{{ s.mark_before }}">{{ s.before }}</td>
 <td class="{{ s.mark_after }}">{{ s.after }}</td></tr>{% endfor %}</table>{% endif %}
+{% if card %}<h2>Run card</h2><details><summary>{{ card.status }}, step {{ card.step }}; {{ alarms }}</summary>
+<table class="card">{% for item, fields in items %}<tr><th colspan="2">{{ loop.index }}. {{ item }}</th></tr>
+{% for field, value in fields %}<tr><td>{{ field }}</td><td>{{ value }}</td></tr>{% endfor %}{% endfor %}
+</table></details>{% endif %}
 <h2>Configuration</h2><details><summary>config.yaml</summary><pre>{{ config }}</pre></details>
 </body></html>
 """
@@ -71,7 +78,7 @@ def render(run: Path, summary: dict[str, Any], runs: dict[str, Curves]) -> str:
         if any(m in found for found in runs.values() for m in metrics):
             caption = " ".join(f"{m.partition('/')[2]}: {define(m)}" for m in metrics)
             panels.append({"svg": Markup(_panel(title, metrics, runs)), "caption": caption})
-    config = run / "config.yaml"
+    config, card = run / "config.yaml", load(run)
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
     return template.render(
         title=run.name,
@@ -79,6 +86,9 @@ def render(run: Path, summary: dict[str, Any], runs: dict[str, Curves]) -> str:
         rows=[[ROW_TITLES.get(name, name), *(_shown(k, row.get(k)) for k in keys)] for name, row in rows.items()],
         panels=panels,
         samples=_samples(run),
+        card=card,
+        items=[(name, rows_of(item)) for name, item in card["items"].items()] if card else [],
+        alarms=_rang(card),
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
 
@@ -104,6 +114,11 @@ def _panel(title: str, metrics: list[str], runs: dict[str, Curves]) -> str:
         plt.close(figure)
     text = out.getvalue()
     return text[text.index("<svg") :]
+
+
+def _rang(card: dict[str, Any] | None) -> str:
+    fired: Any = card["items"]["stability"]["alarms"] if card else "none"
+    return "no alarm rang" if fired == "none" else ", ".join(f"{a['alarm']} rang at step {a['step']}" for a in fired)
 
 
 def _samples(run: Path, count: int = 6) -> list[dict[str, str]]:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from opd_lightning.callbacks import run_card
 from opd_lightning.configurable import Configurable
 from opd_lightning.inspect import subrun
 
@@ -62,6 +63,8 @@ class Report(Configurable):
         summary = self.summary(run)
         if not summary:
             return
+        if (card := run_card.load(run)) is not None:
+            run_card.save(run, card)
         (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print("\n" + table(summary))
         page = write_page(run, summary, self.label, list(self.controls))

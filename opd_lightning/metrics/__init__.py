@@ -1,18 +1,32 @@
 """Numbers: token-weighted means, agreement, graders, and the catalogue of everything that is logged."""
 
-from opd_lightning.metrics.agreement import EntropyGap, OverlapAdvantage, OverlapMass, TopKOverlap
+from opd_lightning.metrics.agreement import (
+    EntropyGap,
+    Imbalance,
+    NegativeShare,
+    OverlapAdvantage,
+    OverlapMass,
+    TopKMass,
+    TopKOverlap,
+)
 from opd_lightning.metrics.graders import ExactMatch, Grader, NumberMatch, RegexMatch
+from opd_lightning.metrics.text import DistinctNGrams, Repetition
 from opd_lightning.metrics.token_mean import PassAtK, TokenMean
 
 __all__ = [
+    "DistinctNGrams",
     "EntropyGap",
     "ExactMatch",
     "Grader",
+    "Imbalance",
+    "NegativeShare",
     "NumberMatch",
     "OverlapAdvantage",
     "OverlapMass",
     "PassAtK",
     "RegexMatch",
+    "Repetition",
     "TokenMean",
+    "TopKMass",
     "TopKOverlap",
 ]

@@ -30,6 +30,13 @@ class TopKOverlap(_OnTopK):
         super().update(agreement(student, teacher, self.k).overlap)
 
 
+class TopKMass(_OnTopK):
+    """Student probability on the student's own k likeliest tokens: drained by a truncated reverse KL that is not closed."""
+
+    def update(self, student: Tensor, teacher: Tensor) -> None:  # type: ignore[override]
+        super().update(student.topk(min(self.k, student.shape[-1]), -1).values.exp().sum(-1))
+
+
 class OverlapMass(_OnTopK):
     """Probability that one of the two laws puts on the shared part of both top-k sets; 0.97 to 0.99 is healthy.
 
@@ -56,6 +63,24 @@ class OverlapAdvantage(_OnTopK):
 
     def update(self, student: Tensor, teacher: Tensor) -> None:  # type: ignore[override]
         super().update(agreement(student, teacher, self.k).advantage)
+
+
+class NegativeShare(TokenMean):
+    """Student probability of the tokens that the teacher finds less likely than the student does."""
+
+    def update(self, student: Tensor, teacher: Tensor) -> None:  # type: ignore[override]
+        super().update(student.exp().where(teacher < student, 0.0).sum(-1))
+
+
+class Imbalance(TokenMean):
+    """``sum_{r < 0} p |r| - sum_{r > 0} p r`` with r = log q - log p: what is suppressed beyond what is raised. It equals the
+    reverse KL, whatever the two laws are, which makes it a check of both.
+    """
+
+    def update(self, student: Tensor, teacher: Tensor) -> None:  # type: ignore[override]
+        signal = teacher - student
+        down, up = (-signal).clamp(min=0.0), signal.clamp(min=0.0)
+        super().update((student.exp() * down).sum(-1) - (student.exp() * up).sum(-1))
 
 
 class EntropyGap(TokenMean):

@@ -17,6 +17,14 @@ METRICS: dict[str, str] = {
     "train/student_overlap_mass": "Student probability on the shared top-k tokens, 0 to 1. Above 0.97 is healthy.",
     "train/teacher_overlap_mass": "Teacher probability on the shared top-k tokens, 0 to 1.",
     "train/overlap_advantage": "Mean advantage of the shared top-k tokens, nats, never positive. Rises towards 0.",
+    "train/neg_frac": "Share of drawn tokens that the teacher finds less likely than the student does, 0 to 1.",
+    "train/suppressed": "Mean of max(log p - log q, 0) over drawn tokens (p student, q teacher), nats: what is pushed down.",
+    "train/raised": "Mean of max(log q - log p, 0) over drawn tokens, nats: what is pulled up. train/suppressed minus this is "
+    "the imbalance; it is train/k1 exactly, so equal to train/reverse_kl but for noise.",
+    "train/signal_outliers": "Share of drawn tokens whose two log-probabilities lie more than 10 nats apart, 0 to 1. Above "
+    "0.01 the 99th percentile of the signal is beyond 10 nats.",
+    "train/effective_sample": "Kish's effective sample size over the number of drawn tokens, (sum rho)^2 / (n sum rho^2) with "
+    "rho = p / p_sampler, 0 to 1. 1 is on-policy; at 0.5 half of the tokens carry the gradient.",
     "train/ratio_deviation": "Mean of abs(p / p_sampler - 1) on sampled tokens. 0 on-policy but for rounding.",
     "train/staleness": "Optimizer steps between writing and use, mean over the student's rollouts. 0 is on-policy.",
     "train/gradient_norm": "L2 norm of the gradient before clipping.",
@@ -24,7 +32,11 @@ METRICS: dict[str, str] = {
     "train/step_seconds": "Wall-clock of an optimizer step, rollouts included.",
     "rollout/completion_tokens": "Mean length of the completions of a refresh, tokens, EOS included.",
     "rollout/total_tokens": "Completion tokens of all refreshes so far, all ranks; each counts once, however often it is used.",
-    "rollout/truncated": "Share of completions cut by max_new_tokens, 0 to 1. A rise warns of length inflation.",
+    "rollout/truncated": "Share of completions cut by max_new_tokens, 0 to 1. 1 minus this is the rate of "
+    "end-of-sequence. A rise warns of length inflation.",
+    "rollout/repetition": "Share of a completion's 3-grams that stood in it before, mean over completions, 0 to 1. Near "
+    "1 in a loop.",
+    "rollout/distinct": "Distinct 3-grams over all 3-grams of a refresh, 0 to 1. Falls where every prompt gets the same text.",
     "rollout/seconds": "Wall-clock of a refresh.",
     "rollout/tokens_per_second": "Completion tokens written per second, all ranks.",
     "eval/accuracy": "Mean score of held-out completions under the grader, 0 to 1.",
@@ -50,4 +62,6 @@ def define(key: str) -> str:
         return f"{METRICS[kind]} Positions {bucket} of the completion."
     if key.startswith("time/"):
         return f"Seconds of an optimizer step spent on {key.removeprefix('time/').replace('_', ' ')}, this process."
+    if key.startswith("alarm/"):
+        return f"1 at the optimizer step at which the alarm {key.removeprefix('alarm/')} rang."
     return METRICS.get(key, "")

@@ -1,6 +1,7 @@
 """Objectives: from the scores of a rollout to a loss. One axis, one module; one choice, one class."""
 
 from opd_lightning.objectives.baselines import Baseline, BatchMean, ClosedFormBaseline, GroupMean, NoBaseline, TopKBaseline
+from opd_lightning.objectives.controls import ConstantNegative, RandomReward, ShuffledTeacher
 from opd_lightning.objectives.corrections import (
     Correction,
     ICEPop,
@@ -83,6 +84,7 @@ __all__ = [
     "Clip",
     "ClosedFormBaseline",
     "Constant",
+    "ConstantNegative",
     "Correction",
     "CounterfactualRoute",
     "Credit",
@@ -122,6 +124,7 @@ __all__ = [
     "PowerDifference",
     "PrefixProduct",
     "Reduction",
+    "RandomReward",
     "ReferenceLaw",
     "Reliability",
     "Renyi",
@@ -132,6 +135,7 @@ __all__ = [
     "SequenceMask",
     "SequenceMean",
     "Shaper",
+    "ShuffledTeacher",
     "SkewForwardKL",
     "SkewReverseKL",
     "Skewed",

@@ -37,9 +37,19 @@ class Defect(NamedTuple):
 
 def defect_of(objective: Objective) -> Defect | None:
     """What is wrong with a combination, or None."""
-    for check in (_of_topk, _of_text, _of_idle_axis, _of_sampling, _of_route):
+    for check in (_of_control, _of_topk, _of_text, _of_idle_axis, _of_sampling, _of_route):
         if (found := check(objective)) is not None:
             return found
+    return None
+
+
+def _of_control(objective: Objective) -> Defect | None:
+    if objective.replaces_signal and (objective.support.summed or not objective.support.sampled):
+        title = type(objective).__name__  # refused even under allow_degenerate: the teacher would still teach
+        cause = f"{title} replaces the signal of drawn tokens, and this support has none, or more than that"
+        raise DegenerateObjective(str(Defect(cause, "loss_t = -A_t log p(a_t)", "support: SampledToken")))
+    if objective.control:
+        return Defect(f"a control experiment ({objective.control})", "E[gradient] says nothing of the teacher", "Objective")
     return None
 
 

@@ -76,6 +76,11 @@ class Objective(Configurable):
         ValueError: for a temperature that is not positive.
     """
 
+    control: str = ""
+    """What a control experiment puts in the teacher's place; see `opd_lightning.objectives.controls`."""
+    replaces_signal: bool = False
+    """Whether the signal of drawn tokens is not the teacher's."""
+
     # One argument per axis: more than ten, because there are more than ten axes.
     def __init__(
         self,
@@ -237,7 +242,8 @@ class Objective(Configurable):
         """
         sampler = rollout.sampler_logprobs[rollout.mask]
         drawn = parts.logprob.detach()
-        stats = {**stats, "ratio_deviation": ((drawn - sampler).exp() - 1.0).abs()}
+        ratio = (drawn - sampler).exp()
+        stats = {**stats, "ratio": ratio, "ratio_deviation": (ratio - 1.0).abs()}
         sampler = sampler.where(~sampler.isnan(), drawn.to(sampler.dtype))  # rows that do not count
         counts = _counts(rollout, rows)
         with exactly(sampler):

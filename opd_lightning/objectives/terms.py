@@ -71,6 +71,8 @@ class Terms(Objective):
     def __init__(self, terms: list[Term], allow_degenerate: bool = False) -> None:
         if not terms or any(isinstance(t.objective, Terms) for t in terms):
             raise ValueError("Terms(terms=...): give at least one term, and no Terms inside Terms")
+        if controls := [t.objective.control for t in terms if t.objective.control]:
+            raise ValueError(f"Terms(terms=...): {controls[0]!r} is a control; it stands alone (model.objective)")
         self.terms, self.allow_degenerate = terms, allow_degenerate
         self.temperature = terms[0].objective.temperature  # what on-policy sampling is compared with
 

@@ -216,12 +216,32 @@ def test_monitors_log_token_means_of_the_whole_optimizer_step(pair: tuple[Path, 
     assert all(define(key) for key in last), [key for key in last if not define(key)]
 
 
-@pytest.mark.parametrize("action", ["warn", "stop"])
-def test_an_entropy_floor_warns_or_stops(action: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    monitor = EntropyMonitor(floor=99.0, patience=2, action=action)
-    with pytest.warns(UserWarning, match="collapsing"):
-        run, _ = fit(tmp_path, pair, monitor, RolloutRefresh(sampler=SAMPLER, seed=5), max_steps=6)
-    assert run.global_step == (2 if action == "stop" else 6)
+def test_signal_and_sample_size_by_hand_however_the_step_is_cut_up(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Stale rollouts, so that the importance ratio is not 1; recomputed from the tokens of all micro-batches."""
+    rollout = RolloutRefresh(sampler=SAMPLER, every_n_steps=2, passes=2, seed=5)
+    _, seen = fit(tmp_path, pair, rollout, data=tiny_data(micro_batch_size=2), max_steps=2)
+    outputs, last = seen.outputs[4:], seen.logged[-1]
+    cost, ratio = (torch.cat([o.stats.values[key] for o in outputs]).double() for key in ("k1", "ratio"))
+    assert (ratio - 1.0).abs().max() > 0.01
+    expected = {
+        "train/neg_frac": (cost > 0).double().mean(),
+        "train/suppressed": cost.clamp(min=0).mean(),
+        "train/raised": -cost.clamp(max=0).mean(),
+        "train/effective_sample": ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()),
+    }
+    for key, value in expected.items():
+        assert last[key] == pytest.approx(value.item(), rel=1e-4), key
+    assert last["train/suppressed"] - last["train/raised"] == pytest.approx(last["train/k1"], rel=1e-4)
+
+
+def test_repetition_and_distinct_by_hand(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    _, seen = fit(tmp_path, pair, RolloutRefresh(sampler=SAMPLER, seed=5), data=tiny_data(micro_batch_size=2), max_steps=1)
+    texts = [batch.completion(b) for batch in seen.batches for b in range(len(batch))]
+    grams = [[tuple(t[i : i + 3]) for i in range(len(t) - 2)] for t in texts]
+    everything = [g for row in grams for g in row]
+    assert seen.logged[-1]["rollout/distinct"] == pytest.approx(len(set(everything)) / len(everything))
+    repeated = [1 - len(set(row)) / len(row) for row in grams if row]
+    assert seen.logged[-1]["rollout/repetition"] == pytest.approx(sum(repeated) / len(repeated))
 
 
 def test_the_completion_table_is_written_where_people_look(pair: tuple[Path, Path], tmp_path: Path) -> None:

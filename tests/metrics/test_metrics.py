@@ -6,14 +6,19 @@ import pytest
 import torch
 
 from opd_lightning.metrics import (
+    DistinctNGrams,
     EntropyGap,
     ExactMatch,
+    Imbalance,
+    NegativeShare,
     NumberMatch,
     OverlapAdvantage,
     OverlapMass,
     PassAtK,
     RegexMatch,
+    Repetition,
     TokenMean,
+    TopKMass,
     TopKOverlap,
 )
 
@@ -69,3 +74,35 @@ def test_graders() -> None:
         RegexMatch("(")
     with pytest.raises(KeyError, match="column 'answer'"):
         ExactMatch()({"gold": 1}, "1")
+
+
+def test_what_is_suppressed_beyond_what_is_raised_is_the_reverse_kl() -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(50, 9, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    imbalance, negative, mass = Imbalance(), NegativeShare(), TopKMass(k=3)
+    for chunk in range(0, 50, 20):  # batches of unequal size
+        for metric in (imbalance, negative, mass):
+            metric.update(student[chunk : chunk + 20], teacher[chunk : chunk + 20])
+    p, q = student.exp(), teacher.exp()
+    assert imbalance.compute().item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert negative.compute().item() == pytest.approx(
+        sum(p[i, v] for i in range(50) for v in range(9) if q[i, v] < p[i, v]) / 50
+    )
+    assert mass.compute().item() == pytest.approx(p.sort(-1, descending=True).values[:, :3].sum(-1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_ngrams_of_large_vocabularies_do_not_collide(n: int) -> None:
+    ids = torch.randint(2**21 - 8, 2**21, (900,), generator=torch.Generator().manual_seed(n))
+    texts = [ids[:300], ids[300:], ids[:2]]
+    tuples = [[tuple(t[i : i + n].tolist()) for i in range(len(t) - n + 1)] for t in texts]
+    distinct, again = DistinctNGrams(n), Repetition(n)
+    for text in texts:
+        distinct.update([text])
+        again.update([text])
+    everything = [g for row in tuples for g in row]
+    assert distinct.compute().item() == pytest.approx(len(set(everything)) / len(everything))
+    repeated = [1 - len(set(row)) / len(row) for row in tuples if row]
+    assert again.compute().item() == pytest.approx(sum(repeated) / len(repeated))
+    with pytest.raises(ValueError, match="must be 1, 2 or 3"):
+        Repetition(4)

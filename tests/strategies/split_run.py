@@ -14,6 +14,7 @@ import torch
 
 from opd_lightning import parallel
 from opd_lightning.callbacks import RolloutRefresh
+from opd_lightning.callbacks.step_monitor import logged_at_step
 from opd_lightning.data import Addition, TaskPrompts
 from opd_lightning.models import FrozenTeacher, Student
 from opd_lightning.module import OPDModule
@@ -46,10 +47,14 @@ class Keep(pl.Callback):
 
     def __init__(self) -> None:
         self.loss, self.gradient, self.lengths = 0.0, {}, set()
+        self.logged: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.loss += parallel.sum_over_ranks([float(outputs["loss"])])[0] / trainer.world_size
         self.lengths |= set(batch.mask.sum(-1).tolist())
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self.logged = {key: value for key, value in logged_at_step(trainer).items() if "second" not in key}
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: Any) -> None:
         self.gradient = {n: p.grad.detach().clone() for n, p in module.student.named_parameters()}
@@ -81,4 +86,4 @@ if __name__ == "__main__":
         name, micro, digits = case.split(":")
         kept = run(Path(root), (Path(student), Path(teacher)), name, devices=2, micro=int(micro), digits=int(digits))
         if parallel.rank() == 0:
-            torch.save({"loss": kept.loss, "gradient": kept.gradient}, Path(root) / f"{case}.pt")
+            torch.save({"loss": kept.loss, "logged": kept.logged, "gradient": kept.gradient}, Path(root) / f"{case}.pt")

@@ -45,6 +45,7 @@ def test_one_process_any_micro_batch(objective: str, pair: tuple[Path, Path], tm
             continue
         cut = run(tmp_path, pair, objective, devices=1, micro=micro)
         assert cut.loss == pytest.approx(whole.loss, abs=1e-10)
+        assert cut.logged == pytest.approx(whole.logged, abs=1e-6)
         close(cut.gradient, whole.gradient)
 
 
@@ -55,6 +56,8 @@ def test_two_ranks(pair: tuple[Path, Path], tmp_path: Path) -> None:
         whole = run(tmp_path, pair, case.partition(":")[0], devices=1, micro=0)
         found = torch.load(tmp_path / f"{case}.pt", weights_only=True)
         assert found["loss"] == pytest.approx(whole.loss, abs=1e-10)
+        assert found["logged"] == pytest.approx(whole.logged, abs=1e-6)
+        assert {"rollout/distinct", "rollout/repetition", "train/neg_frac", "train/effective_sample"} < found["logged"].keys()
         close(found["gradient"], whole.gradient)
 
 
