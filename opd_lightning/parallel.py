@@ -196,3 +196,17 @@ def optimizer_states_by_position(module: Any, checkpoint: dict[str, Any]) -> Non
         }
         for state in checkpoint.get("optimizer_states", [])
     ]
+
+
+def shared_counter(name: str) -> Callable[[int], int]:
+    """A number that all ranks share: adds to it and returns the sum, without waiting for other ranks. For threads: it has a
+    connection of its own, which works while the main thread sits in a collective.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()
+    store = store.clone() if hasattr(store, "clone") else store  # older torch shares one
+
+    def add(amount: int) -> int:
+        total: int = store.add(name, amount)
+        return total
+
+    return add

@@ -24,6 +24,7 @@ from opd_lightning.callbacks import (
     TeacherUpdate,
     TimeTable,
     TrainMonitor,
+    Watchdog,
 )
 from opd_lightning.data.datamodule import PromptDataModule
 from opd_lightning.data.prompts import GivenPrompts
@@ -38,13 +39,12 @@ DEFAULTS: dict[str, Any] = {
 }
 FIRST = (ColdStart, RolloutRefresh, CompletionEval)
 """Set up before all others, in this order: each sets what the next ones, and callbacks like EarlyStopping, read."""
-CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, FiniteLoss, GracefulStop, OPDCheckpoint)
+CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, FiniteLoss, GracefulStop, Watchdog, OPDCheckpoint)
 
 
 class OPDTrainer(pl.Trainer):
-    """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, checkpoints, clean
-    stop, NaN guard, progress bar)
-    and a CSV logger below ``default_root_dir`` are added; everything else is Lightning's own.
+    """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, checkpoints, clean stop, NaN guard,
+    watchdog over ranks, progress bar) and a CSV logger below ``default_root_dir`` are added; the rest is Lightning's own.
 
     Args:
         float32_matmul: precision of float32 matrix products: ``highest``, ``high`` or ``medium``, as in

@@ -10,6 +10,7 @@ from opd_lightning.callbacks.recovery import FiniteLoss, GracefulStop, OPDCheckp
 from opd_lightning.callbacks.rollout_refresh import RolloutRefresh
 from opd_lightning.callbacks.step_monitor import StepMonitor, TrainMonitor
 from opd_lightning.callbacks.teacher_update import TeacherUpdate
+from opd_lightning.callbacks.watchdog import Watchdog
 
 __all__ = [
     "AgreementMonitor",
@@ -27,4 +28,5 @@ __all__ = [
     "TeacherUpdate",
     "TimeTable",
     "TrainMonitor",
+    "Watchdog",
 ]
