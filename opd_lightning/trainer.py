@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from opd_lightning import parallel
 from opd_lightning.callbacks import (
     ColdStart,
     CompletionEval,
@@ -55,6 +56,7 @@ class OPDTrainer(pl.Trainer):
     """
 
     def __init__(self, *, float32_matmul: Literal["highest", "high", "medium"] | None = None, **kwargs: Any) -> None:
+        parallel.refuse_absent(kwargs.get("strategy"))
         kwargs = _with_core(kwargs)
         super().__init__(**kwargs)
         if float32_matmul is not None:

@@ -32,8 +32,8 @@ MOMENTS = {
     "refresh": "at a refresh boundary",
 }
 """Name -> words."""
-WALL_CLOCK = ("time/", "train/step_seconds", "rollout/seconds", "rollout/tokens_per_second")
-"""Metrics that no two runs share."""
+UNSHARED = ("time/", "train/step_seconds", "rollout/seconds", "rollout/tokens_per_second", "epoch")
+"""Metrics that no two runs share: times, and the epoch, which Lightning counts up where a run was stopped."""
 
 
 class Interruption(RuntimeError):
@@ -81,7 +81,7 @@ class Notes(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         for key, value in metrics.items():
-            if not key.startswith(WALL_CLOCK):
+            if not key.startswith(UNSHARED):
                 self.note("metrics", f"{key} of step {step}", struct.pack(">f", float(value)).hex())
 
 
