@@ -89,6 +89,7 @@ def refuse_split_weights(strategy: Any) -> None:
         ValueError: naming the strategy to take.
     """
     if isinstance(strategy, FSDPStrategy):
+        # Each forward pass shards a layer again, inside summon_full_params too: ranks with unequal completions hang.
         raise ValueError("trainer.strategy fsdp (FSDP1) cannot write rollouts here: use `--trainer.strategy fsdp2`")
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         raise ValueError(
