@@ -51,6 +51,11 @@ class Clock:
         if len(self._stack) > 1:
             self._stack.pop()
 
+    @property
+    def current(self) -> str:
+        """The phase that runs now."""
+        return self._stack[-1][0]
+
     def restart(self) -> None:
         """Forget everything; the time counts from here."""
         self.seconds, self._stack, self._since = {OTHER: 0.0}, [(OTHER, False)], time.perf_counter()

@@ -256,6 +256,40 @@ def pi_floor(words: list[str], read: Reader) -> int:
     return 0
 
 
+DRILL = """Runs a few steps of a configuration, then interrupts copies of it at every kind of moment, resumes each and compares
+it with the first bit for bit: rollouts, losses, logged metrics, weights, optimizer.
+
+Models, data, objective, callbacks and strategy are the configuration's; for the drill, a cold start lasts one refresh,
+evaluations see at most 16 held-out prompts and come every few steps, and so do checkpoints."""
+DRILL_ENDING = """
+example: opd resume-drill -c quickstart.yaml --ways SIGKILL
+All other keys of `opd fit` are understood too. Two runs a case, 21 cases at most.
+exit code: 0 all equal, 1 something differs, 2 refused, or the run fails without any interruption
+"""
+
+
+def resume_drill(words: list[str], read: Reader) -> int:
+    """``opd resume-drill``."""
+    from opd_lightning.inspect import drill
+    from opd_lightning.inspect.moments import MOMENTS
+
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "opd resume-drill", description=DRILL, epilog=DRILL_ENDING, formatter_class=layout, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
+    add("--moments", nargs="+", choices=list(MOMENTS), default=list(MOMENTS), help="where (default: all)")
+    add("--ways", nargs="+", choices=drill.WAYS, default=list(drill.WAYS), help="how (default: all)")
+    add("--folder", type=Path, help="keep all runs there (default: a temporary folder, kept only if something differs)")
+    add("--json", action="store_true", help="print plain data instead of a table")
+    given, flags = parser.parse_known_args(words)
+    flags = [*(word for name in given.config for word in ("-c", name)), *flags]
+    outcomes, absent = drill.run(flags, read(flags), given.folder, given.moments, given.ways, drill.progress)
+    print(drill.as_json(outcomes, absent) if given.json else drill.table(outcomes, absent))
+    return 0 if all(not o.differs for o in outcomes) else 1
+
+
 COMMANDS: dict[str, Any] = {"report": report, "zoo": {"build": build, "list": show}}
 """Verbs whose arguments are read from the signature."""
 OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
@@ -266,6 +300,7 @@ OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "inspect-pair": inspect_pair,
     "pi-floor": pi_floor,
     "race": race,
+    "resume-drill": resume_drill,
     "validate-config": validate_config,
 }
 """Verbs that read their own words and return the exit code."""
@@ -280,6 +315,7 @@ verbs that train nothing themselves:
     diff                Compare two configurations in terms of what they train.
     pi-floor            Show in a toy what a student can learn from a teacher that is told more.
     race                Train several methods with several seeds and compare them.
+    resume-drill        Interrupt and resume a configuration at every kind of moment, and compare to the bit.
     report              Table and report of a run, finished or not.
     audit-loss          Say which gradient a token loss of your own follows, and which known mistake it makes.
     zoo                 List and rebuild the bundled models.

@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
@@ -125,8 +124,7 @@ class OPDModule(pl.LightningModule):
         return Vocabulary.of(self.recipe.tokenizer(), extra_eos(self.recipe.config()))
 
     def setup(self, stage: str) -> None:
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError("trainer.strategy fsdp (FSDP1) cannot write rollouts here: use `--trainer.strategy fsdp2`")
+        parallel.refuse_split_weights(self.trainer.strategy)
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"trainer.precision={self.trainer.precision} rounds rotary tables and batch floats: use `bf16-mixed`, or load "

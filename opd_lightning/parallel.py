@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
 T = TypeVar("T")
@@ -66,6 +67,35 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 if "fsdp2" not in StrategyRegistry.available_strategies():
     StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all processes")
+
+
+def refuse_absent(strategy: Any) -> None:
+    """Refuse a strategy, by its name, whose package is not installed.
+
+    Raises:
+        ImportError: naming the package and what does without it.
+    """
+    if str(strategy).startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise ImportError(
+            f"trainer.strategy={strategy} needs the package deepspeed, which is not installed: `pip install deepspeed` (NVIDIA "
+            "GPUs only), or shard without it: `--trainer.strategy fsdp2`"
+        )
+
+
+def refuse_split_weights(strategy: Any) -> None:
+    """Refuse a strategy under which no process ever holds the whole weights that a rollout reads.
+
+    Raises:
+        ValueError: naming the strategy to take.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        # Each forward pass shards a layer again, inside summon_full_params too: ranks with unequal completions hang.
+        raise ValueError("trainer.strategy fsdp (FSDP1) cannot write rollouts here: use `--trainer.strategy fsdp2`")
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        raise ValueError(
+            "trainer.strategy deepspeed_stage_3 keeps a share of each weight on every device, and rollouts read whole ones: "
+            "use `--trainer.strategy deepspeed_stage_2`, or fsdp2 to shard the weights too"
+        )
 
 
 def is_sharded(strategy: Any) -> bool:
@@ -196,3 +226,17 @@ def optimizer_states_by_position(module: Any, checkpoint: dict[str, Any]) -> Non
         }
         for state in checkpoint.get("optimizer_states", [])
     ]
+
+
+def shared_counter(name: str) -> Callable[[int], int]:
+    """A number that all ranks share: adds to it and returns the sum, without waiting for other ranks. For threads: it has a
+    connection of its own, which works while the main thread sits in a collective.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()
+    store = store.clone() if hasattr(store, "clone") else store  # older torch shares one
+
+    def add(amount: int) -> int:
+        total: int = store.add(name, amount)
+        return total
+
+    return add

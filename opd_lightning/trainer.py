@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from opd_lightning import parallel
 from opd_lightning.callbacks import (
     Alarms,
     ColdStart,
@@ -26,6 +27,7 @@ from opd_lightning.callbacks import (
     TeacherUpdate,
     TimeTable,
     TrainMonitor,
+    Watchdog,
 )
 from opd_lightning.data.datamodule import PromptDataModule
 from opd_lightning.data.prompts import GivenPrompts
@@ -42,13 +44,13 @@ FIRST = (ColdStart, RolloutRefresh, CompletionEval)
 """Set up before all others, in this order: each sets what the next ones, and callbacks like EarlyStopping, read."""
 LAST = (Alarms, RunCard)
 """Called after all others, whose logged values they read."""
-CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, Alarms, RunCard, FiniteLoss, GracefulStop, OPDCheckpoint)
+CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, Alarms, RunCard, FiniteLoss, GracefulStop, Watchdog, OPDCheckpoint)
 
 
 class OPDTrainer(pl.Trainer):
     """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, alarms, run card, checkpoints,
-    clean stop, NaN guard, progress bar) and a CSV logger below ``default_root_dir`` are added; everything else is Lightning's
-    own.
+    clean stop, NaN guard, watchdog, progress bar) and a CSV logger below ``default_root_dir`` are added; everything else is
+    Lightning's own.
 
     Args:
         float32_matmul: precision of float32 matrix products: ``highest``, ``high`` or ``medium``, as in
@@ -59,6 +61,7 @@ class OPDTrainer(pl.Trainer):
     """
 
     def __init__(self, *, float32_matmul: Literal["highest", "high", "medium"] | None = None, **kwargs: Any) -> None:
+        parallel.refuse_absent(kwargs.get("strategy"))
         kwargs = _with_core(kwargs)
         super().__init__(**kwargs)
         if float32_matmul is not None:

@@ -74,6 +74,19 @@ def test_from_every_checkpoint_bit_for_bit(
     assert counted == uninterrupted["callbacks"]["RolloutRefresh"]["total_tokens"] > 0
 
 
+def test_measurements_of_a_refresh_are_logged_after_resuming_inside_it(
+    finished: tuple[Path, dict, list], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    root, _, _ = finished
+    logged = []
+    for step in (6, 7):  # on the border of the last refresh, and in its middle
+        module, data, trainer = build(tmp_path / str(step), pair)
+        trainer.fit(module, data, ckpt_path=str(root / f"checkpoints/step-{step:06d}.ckpt"))
+        found = trainer.callback_metrics
+        logged.append({k: float(v) for k, v in found.items() if k.startswith("rollout/") and "second" not in k})
+    assert logged[0] == logged[1] and logged[0]["rollout/completion_tokens"] > 0
+
+
 def test_extending_a_finished_run_equals_one_long_run(
     finished: tuple[Path, dict, list], pair: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from opd_lightning.callbacks.run_card import RunCard
 from opd_lightning.callbacks.step_monitor import StepMonitor, TrainMonitor
 from opd_lightning.callbacks.teacher_update import TeacherUpdate
 from opd_lightning.callbacks.watch import Alarms
+from opd_lightning.callbacks.watchdog import Watchdog
 
 __all__ = [
     "AgreementMonitor",
@@ -57,4 +58,5 @@ __all__ = [
     "TeacherUpdate",
     "TimeTable",
     "TrainMonitor",
+    "Watchdog",
 ]

@@ -60,7 +60,7 @@ class RolloutRefresh(Logging):
         self.seed = run_seed(seed)
         self.buffer: RolloutBuffer | None = None
         self.total_tokens = 0  # completion tokens handed to training so far, over all ranks
-        self.pending: dict[str, float | torch.Tensor] = {}
+        self.measured: dict[str, float | torch.Tensor] = {}  # of the refresh in use; logged with every step of it
         self._loaded: dict[str, Any] | None = None
         self._alone = False
 
@@ -184,11 +184,13 @@ class RolloutRefresh(Logging):
             "shards": shards,
             "seed": self.seed,
             "total_tokens": self.total_tokens,
+            "measured": self.measured,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict or None
         self.total_tokens = state_dict.get("total_tokens", 0)
+        self.measured = state_dict.get("measured", {})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._loaded is not None:
@@ -249,11 +251,11 @@ class RolloutRefresh(Logging):
                 with trainer.precision_plugin.forward_context():
                     rollout = replace(rollout, top_ids=pl_module.top_ids(rollout, k, plan.micro_batch_size))
         seconds = time.perf_counter() - started
-        self.pending = self._measure(rollout, seconds, pl_module.device)
+        self.measured = self._measure(rollout, seconds, pl_module.device)
         if data.teacher_template is not None:
             informed = torch.tensor([p.informed for p in prompts])
             told, count = parallel.sum_over_ranks([float(informed.sum()), float(len(prompts))])
-            self.pending["rollout/informed"] = told / count
+            self.measured["rollout/informed"] = told / count
             rollout = rollout.without(~informed)
         self.buffer.put(refresh, rollout, self._scales(rollout, objective))
 
@@ -290,10 +292,9 @@ class RolloutRefresh(Logging):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Rollout, batch_idx: int
     ) -> None:
-        if at_step_end(trainer):
-            pl_module.log_dict(self.pending, batch_size=1)
-            self.logged = {key: float(value) for key, value in self.pending.items()}
-            self.pending = {}
+        if self.measured and at_step_end(trainer):
+            pl_module.log_dict(self.measured, batch_size=1)
+            self.logged = {key: float(value) for key, value in self.measured.items()}
 
     # ---- the probe of ByDifficulty -----------------------------------------------------------------------------------------
     def _probe(self, trainer: pl.Trainer, pl_module: Any, data: Any) -> list[float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -32,7 +31,6 @@ OFF = ["--report.controls", "{}", "--report.fields", "{}", "--report.label", LAB
 OFF += ["--trainer.enable_progress_bar", "false"]
 """A run of a race is measured before and after, and shows nothing of its own."""
 POLL_SECONDS = 2.0
-ERROR_LINE = re.compile(r"(\[rank\d+\]: |opd: )?[\w.]*(Error|Exception|Objective|Interrupt|Exit): |opd: ")
 
 
 Read = Callable[[list[str]], Setup]
@@ -260,7 +258,7 @@ def _train(one: Run, bar: Any) -> str:
         finally:
             _stop(child)
     bar.update(before + one.steps - bar.n)
-    return "" if one.finished else _last_error(log.read_text(encoding="utf-8", errors="replace"), child.returncode)
+    return "" if one.finished else subrun.last_error(log.read_text(encoding="utf-8", errors="replace"), child.returncode)
 
 
 def _waiting(child: subprocess.Popen[bytes]) -> bool:
@@ -291,15 +289,6 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-
-
-def _last_error(text: str, code: int) -> str:
-    """The line of a log that says why a run failed."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = [line for line in lines if ERROR_LINE.match(line)]
-    return (found or lines or [f"exit code {code}"])[-1].removeprefix("opd: ")
 
 
 @contextmanager

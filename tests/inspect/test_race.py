@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from opd_lightning.cli import main, read
-from opd_lightning.inspect import race, standings
+from opd_lightning.inspect import race, standings, subrun
 from opd_lightning.inspect.standings import DONE, FAILED, Result
 
 BASE = """
@@ -156,7 +156,7 @@ def test_only_the_same_configuration_counts_as_finished(there: Path, tmp_path: P
     ],
 )
 def test_the_last_error_line(text: str, code: int, expected: str) -> None:
-    assert race._last_error(text, code) == expected
+    assert subrun.last_error(text, code) == expected
 
 
 @pytest.mark.slow
