@@ -310,6 +310,7 @@ def report(given: argparse.Namespace, name: str, ratios: Mapping[str, Any], reco
     folder = given.out or (BUILD / "quick" if given.quick else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {k: v if isinstance(v, (int, float, str, list, type(None))) else str(v) for k, v in vars(given).items()}
+    settings = {k: v for k, v in settings.items() if k not in ("out", "peers")}  # folders of one machine
     whole = _without_nan({"benchmark": name, "machine": where, "settings": settings, "ratios": ratios, **record})
     (folder / f"{name}.json").write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     note = "" if not given.quick else "\n\nA quick run: the figures show that it works, nothing else."
