@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/opd fit -c quickstart.yaml
 
 test: .venv/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

@@ -204,6 +204,7 @@ def test_the_same_as_a_program(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_catalogue_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("configs", "--methods") == 0
     table = capsys.readouterr().out

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from opd_lightning.cli import read
 from opd_lightning.inspect import catalogue
 
 
+@pytest.mark.slow
 def test_measured_bias_is_exact() -> None:
     methods = {method.name: method for method in catalogue.shipped(read)}
     pair = catalogue.Bench()

@@ -34,6 +34,7 @@ def test_a_moving_teacher_under_every_strategy_and_across_them(size: str, pair: 
         assert_same_run(torch.load(tmp_path / f"{case.partition(':')[0]}.pt", weights_only=True), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["live", "trust", "ensemble", "routed", "siblings"])
 def test_other_teachers_under_every_strategy(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     cases = [f"{strategy}:{strategy}:{kind}:lora" for strategy in ("ddp", "fsdp2")]
