@@ -75,7 +75,8 @@ class Alarms(pl.Callback):
         """The same on every rank: what was logged is equal there."""
         step = trainer.global_step
         self.fired.append({"step": step, "alarm": alarm.name, "action": action, "what": what, "advice": alarm.advice})
-        pl_module.log(f"alarm/{alarm.name}", 1.0, batch_size=1)
+        for logger in trainer.loggers:  # directly: Lightning's own log would repeat the value at every later step
+            logger.log_metrics({f"alarm/{alarm.name}": 1.0}, step=step - 1)
         if action != "log":
             rank_zero_warn(f"alarm {alarm.name} at step {step}: {what}. Next: {alarm.advice}.")
         if action == "stop":
