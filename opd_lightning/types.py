@@ -291,6 +291,23 @@ class TokenLaws(Protocol):
 
 
 @dataclass(frozen=True)
+class TableLaws:
+    """Laws that are given as logits (N, V). See `TokenLaws`."""
+
+    table: Tensor
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def vocab(self) -> int:
+        return self.table.shape[1]
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        return self.table[start:stop]
+
+
+@dataclass(frozen=True)
 class TokenStats:
     """Detached per-token measurements of one micro-batch, flattened over its N completion tokens.
 

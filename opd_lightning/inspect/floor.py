@@ -21,9 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opd_lightning.inspect.oracle import TableLaws
 from opd_lightning.objectives import ForwardKL, Objective, ReverseKL
-from opd_lightning.types import Completion, Prompt, Rollout
+from opd_lightning.types import Completion, Prompt, Rollout, TableLaws
 
 Direction = Literal["reverse", "forward"]
 OBJECTIVES = {"reverse": Objective(ReverseKL()), "forward": Objective(ForwardKL())}

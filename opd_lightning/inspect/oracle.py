@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opd_lightning.inspect import declared
 from opd_lightning.objectives import Extras, Objective, SequenceMean
-from opd_lightning.types import NOT_A_STUDENT, Completion, Prompt, Rollout
+from opd_lightning.types import NOT_A_STUDENT, Completion, Prompt, Rollout, TableLaws
 
 StateDivergence = Callable[[Tensor, Tensor], Tensor]
 """(student log-probs (S, V), teacher log-probs (S, V)) -> (S,), differentiable in the student."""
@@ -51,23 +51,6 @@ class Moments:
 
     mean: Tensor
     trace: float
-
-
-@dataclass(frozen=True)
-class TableLaws:
-    """Rows of a logit table as next-token laws (see `opd_lightning.types.TokenLaws`)."""
-
-    table: Tensor
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @property
-    def vocab(self) -> int:
-        return self.table.shape[1]
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        return self.table[start:stop]
 
 
 @dataclass(frozen=True)

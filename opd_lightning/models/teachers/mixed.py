@@ -13,7 +13,7 @@ from opd_lightning import parallel
 from opd_lightning.models.students import Student
 from opd_lightning.models.teachers.base import StartTeacher, Teacher
 from opd_lightning.models.teachers.moving import LiveTeacher
-from opd_lightning.types import Prompt, Rendering, TokenLaws
+from opd_lightning.types import Prompt, Rendering, TableLaws, TokenLaws
 
 __all__ = ["EnsembleTeacher", "FunctionTeacher", "RoutedTeacher", "TrustRegionTeacher"]
 
@@ -283,23 +283,6 @@ class TrustRegionTeacher(StartTeacher):
     def laws(self, student: nn.Module, text: Rendering, vocab: int) -> TokenLaws:
         live = LiveTeacher().laws(student, text, vocab)
         return TrustRegionLaws(super().laws(student, text, vocab), live, self.weight, self.max_kl)
-
-
-@dataclass(frozen=True)
-class TableLaws:
-    """Laws that were given as logits (N, V)."""
-
-    table: Tensor
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @property
-    def vocab(self) -> int:
-        return self.table.shape[1]
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        return self.table[start:stop]
 
 
 class FunctionTeacher(Teacher):
