@@ -143,7 +143,7 @@ class _Work:
         if outputs_wanted:
             self.measured = {k: torch.cat([s.measured[k] for s in found]) for k in found[0].measured}
         outputs = [torch.cat(column) for column in zip(*(s.outputs for s in found), strict=True)]
-        return outputs, product.of_hidden, product.of_parameters()
+        return outputs, product.of_hidden, product.of_parameters
 
     def again(self, hidden: Tensor, factors: Sequence[Tensor | None], wanted: bool) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients for these factors, in a pass of their own."""
@@ -180,7 +180,7 @@ class _Product:
         self.head, self.hidden = head, hidden
         self.of_hidden = torch.empty_like(hidden) if of_hidden else None
         self.trained = head.trained
-        self.sums: list[Tensor] = []
+        self.of_parameters: list[Tensor] = []
         self._graph: tuple[Tensor, Tensor] | None = None
         self._buffer: Tensor | None = None
         module: Any = head.module
@@ -211,7 +211,8 @@ class _Product:
             )
             if self.of_hidden is not None:
                 self.of_hidden[start:stop] = of_leaf
-            self._add(of_parameters)
+            for total, part in zip(self._sums(), of_parameters, strict=True):
+                total += part
             return
         if self.of_hidden is not None:
             torch.mm(gradient, self.weight, out=self.of_hidden[start:stop])
@@ -223,16 +224,10 @@ class _Product:
                 total[a : a + PIECE] += torch.mm(gradient[:, a : a + PIECE].t(), self.hidden[start:stop])
 
     def _sums(self) -> list[Tensor]:
-        if not self.sums:
-            self.sums = [torch.zeros(p.shape, dtype=_wide(p.dtype), device=p.device) for p in self.trained]
-        return self.sums
-
-    def _add(self, gradients: Sequence[Tensor]) -> None:
-        for total, gradient in zip(self._sums(), gradients, strict=True):
-            total += gradient
-
-    def of_parameters(self) -> list[Tensor]:
-        return self.sums
+        """The parameters' gradients so far; made when the first is added."""
+        if not self.of_parameters:
+            self.of_parameters = [torch.zeros(p.shape, dtype=_wide(p.dtype), device=p.device) for p in self.trained]
+        return self.of_parameters
 
 
 class _Fused(torch.autograd.Function):
