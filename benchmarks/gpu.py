@@ -18,7 +18,21 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from harness import BUILD, HERE, Worker, alternate, chosen, fit_worker, parser, peer_python, ratio, report, say, summary, table
+from harness import (
+    BUILD,
+    Worker,
+    alternate,
+    chosen,
+    fit_worker,
+    parser,
+    peer_python,
+    ratio,
+    report,
+    say,
+    summary,
+    table,
+    trl_worker,
+)
 from opd_lightning.models.loading import blank_generation, load_config
 from pairs import Pair, fit_config, word_tokenizer, write_prompts
 
@@ -102,21 +116,8 @@ def start(given: argparse.Namespace, pair: Pair, device: str, peers: list[str]) 
     config = fit_config(scratch / "ours.yaml", pair, "bfloat16", given.rows, given.new_tokens)
     workers = {"ours": fit_worker(given, config)}
     for name in peers:
-        flags: dict[str, Any] = {
-            "trainer": name,
-            "student": pair.student,
-            "teacher": pair.teacher,
-            "prompts": pair.prompts,
-            "scratch": scratch / name,
-            "device": device,
-            "rows": given.rows,
-            "prompt-tokens": given.prompt_tokens,
-            "new-tokens": given.new_tokens,
-        }
         python = given.trl_python or peer_python(given.peers, "trl")
-        workers[name] = Worker(
-            name, [python, HERE / "worker_trl.py", *(str(w) for k, v in flags.items() for w in (f"--{k}", v))]
-        )
+        workers[name] = trl_worker(given, name, python, scratch, pair, device=device)
     return workers
 
 

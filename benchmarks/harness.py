@@ -203,6 +203,22 @@ def fit_worker(given: argparse.Namespace, config: Path, *words: object, name: st
     return Worker(name, [sys.executable, HERE / "worker_fit.py", "-c", config, *words, *(f"--{word}" for word in given.set)])
 
 
+def trl_worker(given: argparse.Namespace, trainer: str, python: Path, scratch: Path, pair: Any, **flags: Any) -> Worker:
+    """A TRL trainer that waits between optimizer steps, in its own environment."""
+    words = {
+        "trainer": trainer,
+        "student": pair.student,
+        "teacher": pair.teacher,
+        "prompts": pair.prompts,
+        "scratch": scratch / trainer,
+        "rows": given.rows,
+        "prompt-tokens": given.prompt_tokens,
+        "new-tokens": given.new_tokens,
+        **flags,
+    }
+    return Worker(trainer, [python, HERE / "worker_trl.py", *(str(w) for k, v in words.items() for w in (f"--{k}", v))])
+
+
 # ---- timing ------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sample:

@@ -14,7 +14,6 @@ from typing import Any
 
 from harness import (
     BUILD,
-    HERE,
     Sample,
     Worker,
     alternate,
@@ -28,6 +27,7 @@ from harness import (
     say,
     summary,
     table,
+    trl_worker,
 )
 from pairs import Pair, fit_config, prepare
 
@@ -45,20 +45,7 @@ def start(given: argparse.Namespace, case: str, pair: Pair) -> dict[str, Worker]
     config = fit_config(scratch / "ours.yaml", pair, dtype, given.rows, given.new_tokens)
     workers = {"ours": fit_worker(given, config)}
     for name in PEERS:
-        flags: dict[str, Any] = {
-            "trainer": name,
-            "student": pair.student,
-            "teacher": pair.teacher,
-            "prompts": pair.prompts,
-            "scratch": scratch / name,
-            "dtype": dtype,
-            "rows": given.rows,
-            "prompt-tokens": given.prompt_tokens,
-            "new-tokens": given.new_tokens,
-        }
-        workers[name] = Worker(
-            name, [python, HERE / "worker_trl.py", *(str(w) for k, v in flags.items() for w in (f"--{k}", v))]
-        )
+        workers[name] = trl_worker(given, name, python, scratch, pair, dtype=dtype)
     return workers
 
 
