@@ -142,6 +142,7 @@ class Rollout:
             asks the objective to normalise by this batch alone.
         group_size: rollouts of a prompt; rows are numbered prompt by prompt.
         top_ids: (B, T, K) the student's likeliest tokens when the text was written, likeliest first; None if not recorded.
+        outcome: (B,) grade of each completion in [0, 1]; None if nobody graded.
     """
 
     text: Rendering
@@ -154,6 +155,7 @@ class Rollout:
     scale: tuple[float, ...] = ()
     group_size: int = 1
     top_ids: Tensor | None = None
+    outcome: Tensor | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], completions: Sequence[Completion], pad_id: int) -> Rollout:
@@ -182,6 +184,7 @@ class Rollout:
         recorded = [_pad(p.sampler_logprobs, longest - 1) for p in parts]
         apart = any(p.teacher_text is not None for p in parts)  # beside them, parts whose rows nobody tells more about
         top_ids = [_pad(p.top_ids, longest - 1) for p in parts if p.top_ids is not None]
+        outcome = [p.outcome for p in parts if p.outcome is not None]
         joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in ("row", "prompt_index", "policy_step", "ended")}
         return cls(
             text=Rendering.cat([p.text for p in parts]),
@@ -190,6 +193,7 @@ class Rollout:
             scale=parts[0].scale,
             group_size=parts[0].group_size,
             top_ids=torch.cat(top_ids) if top_ids else None,
+            outcome=torch.cat(outcome) if outcome else None,
             **joined,
         )
 
@@ -251,6 +255,7 @@ class Rollout:
             scale=self.scale,
             group_size=self.group_size,
             top_ids=self.top_ids[index, : text.mask.shape[1]] if self.top_ids is not None else None,
+            outcome=self.outcome[index] if self.outcome is not None else None,
         )
 
     def completion(self, b: int) -> list[int]:

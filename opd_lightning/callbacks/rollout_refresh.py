@@ -110,9 +110,9 @@ class RolloutRefresh(Logging):
             )
         if share % together or micro % together:
             raise ValueError(
-                f"GroupMean needs the {together} rollouts of a prompt (rollout.rollouts_per_prompt) in one micro-batch, but "
-                f"data.micro_batch_size={micro} of the {share} rollouts that each of {world} device(s) has of data.batch_size="
-                f"{batch_size} cuts them: make it a multiple of {together} (0 takes the whole share)"
+                f"the objective needs the {together} rollouts of a prompt (rollout.rollouts_per_prompt) in one micro-batch, "
+                f"but data.micro_batch_size={micro} of the {share} rollouts that each of {world} device(s) has of "
+                f"data.batch_size={batch_size} cuts them: make it a multiple of {together} (0 takes the whole share)"
             )
         if trainer.accumulate_grad_batches not in (1, share // micro):
             raise ValueError(
@@ -145,8 +145,13 @@ class RolloutRefresh(Logging):
             )
             if objective.needs_groups and self.rollouts_per_prompt < 2:
                 raise ValueError(
-                    "GroupMean compares the rollouts of a prompt, and rollout.rollouts_per_prompt=1 leaves nothing to compare "
-                    "with: make it at least 2, or take `baseline: BatchMean`"
+                    f"{_comparing(objective)} compares the rollouts of a prompt, and rollout.rollouts_per_prompt=1 leaves "
+                    "nothing to compare with: make it at least 2, or take `baseline: BatchMean`, `Additive(grouped: false)`"
+                )
+            if objective.needs_outcome and data is not None and data.prompt_set.grader() is None:
+                raise ValueError(
+                    f"{name} learns from grades (objective.outcome), but data.prompts has no grader: give data.prompts.grader, "
+                    "or `outcome: NoOutcome`"
                 )
             refuse_unfit_teacher(pl_module, source, data)
             lines.append(f"{name} descends: {declared_with(objective, pl_module.teacher)}")
@@ -247,6 +252,9 @@ class RolloutRefresh(Logging):
             prompts = data.inform(prompts, completions, self.rollouts_per_prompt)
             rollout = pl_module.join(prompts, completions)
             rollout = replace(rollout, group_size=self.rollouts_per_prompt)
+            if objective.needs_outcome:
+                grades = data.grades(prompts, completions, data.prompt_set.grader())
+                rollout = replace(rollout, outcome=torch.tensor(grades, dtype=torch.float32))
             if k := min(objective.record_top_k, pl_module.vocabulary.size):
                 with trainer.precision_plugin.forward_context():
                     rollout = replace(rollout, top_ids=pl_module.top_ids(rollout, k, plan.micro_batch_size))
@@ -280,6 +288,8 @@ class RolloutRefresh(Logging):
         again.update(texts)
         distinct.update(texts)
         on_text = {"rollout/repetition": float(again.compute()), "rollout/distinct": float(distinct.compute())}
+        if rollout.outcome is not None:
+            on_text["rollout/grade"] = parallel.sum_over_ranks([float(rollout.outcome.sum())])[0] / count
         known: dict[str, float | torch.Tensor] = {k: v for k, v in on_text.items() if not math.isnan(v)}
         return known | {
             "rollout/completion_tokens": tokens / count,
@@ -305,14 +315,17 @@ class RolloutRefresh(Logging):
         mine = [replace(p, row=i * n + s) for i, p in enumerate(prompts) if i % world == rank for s in range(n)]
         writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "probe")
         written = writers.student(mine)
-        scores = {
-            p.row: data.grader({**p.fields, "ended": c.ended}, pl_module.vocabulary.decode(c.ids))
-            for p, c in zip(mine, written, strict=True)
-        }
+        scores = dict(zip([p.row for p in mine], data.grades(mine, written, data.grader), strict=True))
         everything: dict[int, float] = {}
         for part in parallel.gather_objects(scores):
             everything |= part
         return [sum(everything[i * n + s] for s in range(n)) / n for i in range(len(prompts))]
+
+
+def _comparing(objective: Objective) -> str:
+    """What compares the rollouts of a prompt."""
+    parts = [axis for part, _ in objective.flat() for axis in (part.baseline, part.outcome) if axis.needs_groups]
+    return type(parts[0]).__name__
 
 
 def _count_micro_batches(trainer: pl.Trainer, position: int) -> None:

@@ -179,7 +179,7 @@ def _axes(module: OPDModule) -> Card:
         "routing": {"route": of("route")},
         "gates and weights": {"gates": of("gates"), "correction": of("correction")},
         "shaping": {"shaper": of("shaper")},
-        "outcome coupling": {"verifier in the objective": "none"},
+        "outcome coupling": {"outcome": of("outcome")},
         "regularization": {"terms": repr(module.objective) if len(parts) > 1 else "none"},
         "reduction": {"reduction": of("reduction"), "normalized over": "the whole optimizer step, all micro-batches and ranks"},
     }

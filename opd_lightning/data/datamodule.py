@@ -170,6 +170,12 @@ class PromptDataModule(pl.LightningDataModule):
         own = self.teacher_template.grader if isinstance(self.teacher_template, Context) else None
         return own or self.prompt_set.grader()
 
+    def grades(self, prompts: Sequence[Prompt], written: Sequence[Completion], grader: Grader) -> list[float]:
+        """The grade of one completion a prompt."""
+        assert self.vocabulary is not None
+        pairs = zip(prompts, written, strict=True)
+        return [grader({**p.fields, "ended": c.ended}, self.vocabulary.decode(c.ids)) for p, c in pairs]
+
     def inform(self, prompts: Sequence[Prompt], written: Sequence[Completion], group: int) -> list[Prompt]:
         """Prompts whose teacher context tells of their group's completions. All ranks must call it.
 
@@ -181,11 +187,9 @@ class PromptDataModule(pl.LightningDataModule):
         if not self.gathers:
             return list(prompts)
         assert self.vocabulary is not None and self.teacher_template is not None and self._attempt_grader is not None
-        attempts = {}
-        for prompt, completion in zip(prompts, written, strict=True):
-            text = self.vocabulary.decode(completion.ids)
-            score = self._attempt_grader({**prompt.fields, "ended": completion.ended}, text)
-            attempts[prompt.row] = Attempt(prompt.row, text, score)
+        scores = self.grades(prompts, written, self._attempt_grader)
+        texts = [self.vocabulary.decode(completion.ids) for completion in written]
+        attempts = {p.row: Attempt(p.row, text, score) for p, text, score in zip(prompts, texts, scores, strict=True)}
         groups: dict[int, list[Attempt]] = {}
         for attempt in sorted((a for part in parallel.gather_objects(attempts) for a in part.values()), key=lambda a: a.row):
             groups.setdefault(attempt.row // group, []).append(attempt)

@@ -196,6 +196,7 @@ class Bench:
                 ids=tuple(tokenizer(row["prompt"]).input_ids),
                 reference=(*tokenizer(row["completion"], add_special_tokens=False).input_ids, eos),
                 row=i,
+                fields=dict(row),
             )
             for i, row in enumerate(rows)
         ]
@@ -215,7 +216,9 @@ class Bench:
         self.module.zero_grad(set_to_none=True)
         self.module.critic = self.module._new_critic() if objective.needs_critic else None
         rollout = Rollout.of(self.prompts, written, self.module.vocabulary.pad_id)
-        self.module.score(replace(rollout, scale=()), objective).loss.backward()
+        texts = [self.module.vocabulary.decode(c.ids) for c in written]
+        outcome = torch.tensor([Addition()(p.fields, text) for p, text in zip(self.prompts, texts, strict=True)])
+        self.module.score(replace(rollout, scale=(), outcome=outcome), objective).loss.backward()
         assert self.module.student is not None
         return torch.cat([p.grad.flatten() for p in self.module.student.parameters() if p.grad is not None])
 

@@ -93,6 +93,7 @@ def refuse_without_closed_form(objective: Objective, writer: Writer) -> None:
         (any(gate.depends_on != "state" for gate in objective.gates), "gates that look at drawn tokens"),
         (bool(bias_of_route(objective)), "routes that add a pull of their own"),
         (isinstance(objective.credit, LengthNormalised), "LengthNormalised"),
+        (bool(objective.outcome.title), "outcomes"),
         (bool(objective.support.record_top_k) and writer == "sampler", "the support of another student"),
         (isinstance(objective.reduction, SequenceMean) and _looks_further(objective), "this under SequenceMean"),
     ):

@@ -71,6 +71,8 @@ class Path:
 class TabularWorld:
     """All prefixes of a small vocabulary up to a horizon, with a student and a teacher law at each.
 
+    Completions are graded 1 where their last token is 0, else 0.
+
     Args:
         student: (S, V) logits, one row per prefix in the order of `states`.
         teacher: (S, V) logits.
@@ -156,7 +158,12 @@ class TabularWorld:
         then = self._table("sampler" if writer == "sampler" else "student").detach()
         ranked = then[list(path.states)].sort(-1, descending=True).indices[None]
         recorded_at = torch.tensor([recorded], dtype=torch.float64)
-        return replace(rollout, sampler_logprobs=recorded_at, scale=(1.0,), top_ids=ranked)
+        grade = torch.tensor([self.grade(path)], dtype=torch.float64)
+        return replace(rollout, sampler_logprobs=recorded_at, scale=(1.0,), top_ids=ranked, outcome=grade)
+
+    @staticmethod
+    def grade(path: Path) -> float:
+        return float(path.tokens[-1] == 0)
 
     def moments(self, loss: Callable[[Rollout, TableLaws, TableLaws], Tensor], writer: Writer = "student") -> Moments:
         """Exact mean and covariance trace of the gradient of ``loss(rollout, student, teacher)`` over all completions."""

@@ -25,6 +25,7 @@ AXES = {
     "gates": "model.objective.gates",
     "route": "model.objective.route",
     "correction": "model.objective.correction",
+    "outcome": "model.objective.outcome",
     "reduction": "model.objective.reduction",
     "temperature": "model.objective.temperature",
     "terms": "model.objective.terms",

@@ -57,6 +57,7 @@ from opd_lightning.objectives.gates import (
     TokenGap,
 )
 from opd_lightning.objectives.objective import Objective
+from opd_lightning.objectives.outcomes import Additive, Bounded, MagnitudeOnly, NoOutcome, Outcome, OutcomeFilter
 from opd_lightning.objectives.reductions import Constant, Reduction, SequenceMean, TokenMean
 from opd_lightning.objectives.routes import CounterfactualRoute, Route, Vanilla
 from opd_lightning.objectives.rows import Extras
@@ -78,9 +79,11 @@ from opd_lightning.objectives.validate import DeclaredTarget
 
 __all__ = [
     "AdaptiveKL",
+    "Additive",
     "Amari",
     "Baseline",
     "BatchMean",
+    "Bounded",
     "Clip",
     "ClosedFormBaseline",
     "Constant",
@@ -112,11 +115,15 @@ __all__ = [
     "Jeffreys",
     "KStep",
     "LengthNormalised",
+    "MagnitudeOnly",
     "NeymanChi2",
     "NoBaseline",
     "NoCorrection",
+    "NoOutcome",
     "NoShape",
     "Objective",
+    "Outcome",
+    "OutcomeFilter",
     "PPOClip",
     "PearsonChi2",
     "PositionDecay",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from opd_lightning.objectives.baselines import RolloutMean
 from opd_lightning.objectives.corrections import NoCorrection, PrefixProduct, TokenRatio
-from opd_lightning.objectives.credits import GAE, TotalReturn
+from opd_lightning.objectives.credits import GAE, Immediate, TotalReturn
 from opd_lightning.objectives.divergences import Divergence, ForwardKL, ReverseKL
 from opd_lightning.objectives.gates import PositionImportance
+from opd_lightning.objectives.outcomes import MagnitudeOnly
 from opd_lightning.objectives.reductions import SequenceMean
 from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
 from opd_lightning.objectives.targets import TeacherLaw
@@ -37,7 +38,7 @@ class Defect(NamedTuple):
 
 def defect_of(objective: Objective) -> Defect | None:
     """What is wrong with a combination, or None."""
-    for check in (_of_control, _of_topk, _of_text, _of_idle_axis, _of_sampling, _of_route):
+    for check in (_of_control, _of_topk, _of_text, _of_idle_axis, _of_sampling, _of_route, _of_outcome):
         if (found := check(objective)) is not None:
             return found
     return None
@@ -212,6 +213,32 @@ def _of_route(objective: Objective) -> Defect | None:
     return None
 
 
+def _of_outcome(objective: Objective) -> Defect | None:
+    outcome = objective.outcome
+    if not outcome.on_tokens:
+        return None
+    title, line = type(outcome).__name__, "outcome: NoOutcome, or OutcomeFilter"
+    if isinstance(objective.support, WrittenToken):
+        cause = f"{title} raises and lowers what the student has drawn, and WrittenToken learns from the text of others"
+        return Defect(cause, "grad E_{y ~ p} R(y) = E_{y ~ p} R(y) grad log p(y)", line)
+    if objective.route.title:
+        cause = f"a route moves mass where the teacher has more of it, and {title} suppresses tokens for another reason"
+        return Defect(cause, "c_v = p_v (log q_v - log p_v + KL)_+ / sum", "route: Vanilla")
+    if isinstance(objective.correction, PrefixProduct):
+        cause = f"{title} grades the whole completion, and the ratios up to a token do not correct for what follows it"
+        return Defect(cause, "E_{y ~ old p} prod_{i<=t} (p / old p)_i R(y) != E_{y ~ p} R(y)", "correction: PPOClip")
+    if not outcome.replaces:
+        return None
+    if objective.support.summed or not objective.support.sampled:
+        cause = f"{title} shapes the signals of drawn tokens, and this support has none, or more than that"
+        return Defect(cause, "loss_t = -A_t log p(a_t)", "support: SampledToken, or outcome: Additive")
+    plain = isinstance(objective.credit, Immediate) and not objective.baseline.present
+    if isinstance(outcome, MagnitudeOnly) and not (plain and isinstance(objective.divergence, ReverseKL)):
+        cause = "MagnitudeOnly takes the ratio of the two models at the drawn token; other signals are no log-ratios"
+        return Defect(cause, "exp(sign(R) (log q - log p))", "divergence: ReverseKL, credit: Immediate, baseline: NoBaseline")
+    return None
+
+
 def refuse_unfit_part(objective: Objective, student_writes: bool, others_write: bool, steps_per_refresh: int) -> None:
     """Check a single objective against who writes its completions (see `refuse_unfit_source`)."""
     support, credit, correction = objective.support, objective.credit, objective.correction
@@ -236,6 +263,20 @@ def refuse_unfit_part(objective: Objective, student_writes: bool, others_write: 
             "grad E_{y ~ p} cost = E_{y ~ p} [grad cost + cost grad log p(y)], y drawn from the p of this step",
             "rollout.every_n_steps: 1 and rollout.passes: 1, or credit: Immediate, or name a correction: PrefixProduct "
             "(exact, noisy), PPOClip, TruncatedRatio",
+        )
+    elif objective.outcome.on_tokens and others_write:
+        problem = Defect(
+            f"{type(objective.outcome).__name__} follows how the student's tokens earn their grade, but the source also hands "
+            "out completions that the student did not write",
+            "grad E_{y ~ p} R(y) = E_{y ~ p} R(y) grad log p(y), y drawn from p",
+            "rollout.source: StudentSource, or outcome: OutcomeFilter",
+        )
+    elif objective.outcome.on_tokens and steps_per_refresh > 1 and isinstance(correction, TokenRatio):
+        problem = Defect(
+            f"{type(objective.outcome).__name__} grades completions of the current student, but a refresh serves "
+            f"{steps_per_refresh} optimizer steps",
+            "grad E_{y ~ p} R(y) = E_{y ~ p} R(y) grad log p(y), y drawn from the p of this step",
+            "rollout.every_n_steps: 1 and rollout.passes: 1, or name a correction: PPOClip, TruncatedRatio",
         )
     elif objective.needs_sampler and steps_per_refresh > 1 and isinstance(correction, NoCorrection):
         problem = Defect(

@@ -16,6 +16,7 @@ from opd_lightning.objectives.corrections import Correction, TokenRatio
 from opd_lightning.objectives.credits import GAE, Credit, Immediate, Signals
 from opd_lightning.objectives.divergences import Divergence
 from opd_lightning.objectives.gates import Gate, View
+from opd_lightning.objectives.outcomes import NoOutcome, Outcome
 from opd_lightning.objectives.reductions import Reduction, TokenMean
 from opd_lightning.objectives.routes import Route, Vanilla
 from opd_lightning.objectives.rows import Extras, Parts, exactly, measure
@@ -67,6 +68,7 @@ class Objective(Configurable):
         gates: how much a token counts; multiplied.
         route: where probability goes when a sampled token is suppressed.
         correction: weight of sampled tokens that another law has drawn.
+        outcome: what the grade of the whole completion adds.
         reduction: what the sum is divided by.
         temperature: divides both models' logits before they are compared; no factor T^2 is applied.
         allow_degenerate: train a combination that is refused for a defect, to study it.
@@ -96,13 +98,14 @@ class Objective(Configurable):
         shaper: Shaper = NoShape(),
         route: Route = Vanilla(),
         correction: Correction = TokenRatio(),
+        outcome: Outcome = NoOutcome(),
     ) -> None:
         if temperature <= 0.0:
             raise ValueError(f"Objective(temperature={temperature}): the temperature must be greater than 0")
         self.divergence, self.support, self.credit = divergence, support, credit
         self.baseline, self.reduction, self.target = baseline, reduction, target
         self.gates, self.shaper, self.route, self.correction = gates or [], shaper, route, correction
-        self.temperature, self.allow_degenerate = temperature, allow_degenerate
+        self.temperature, self.allow_degenerate, self.outcome = temperature, allow_degenerate, outcome
         refuse_if_degenerate(self)
 
     @cached_property
@@ -125,7 +128,12 @@ class Objective(Configurable):
     @property
     def needs_groups(self) -> bool:
         """Whether the rollouts of a prompt must lie in one micro-batch."""
-        return self.baseline.needs_groups
+        return self.baseline.needs_groups or self.outcome.needs_groups
+
+    @property
+    def needs_outcome(self) -> bool:
+        """Whether completions must be graded."""
+        return any(part.outcome.title for part, _ in self.flat())
 
     @property
     def record_top_k(self) -> int:
@@ -135,11 +143,11 @@ class Objective(Configurable):
     @property
     def needs_sampler(self) -> bool:
         """Whether the drawn token enters as a policy gradient, with its recorded sampler log-probability."""
-        return self.support.sampled or self.credit.gamma > 0.0
+        return self.support.sampled or self.credit.gamma > 0.0 or self.outcome.on_tokens
 
     def denominators(self, rollout: Rollout) -> list[float]:
         """This batch's share of every divisor; shares add up over micro-batches and ranks (see `Rollout.scale`)."""
-        return [self.reduction.denominator(rollout.mask)]
+        return [self.reduction.denominator(self.counted(rollout))]
 
     def flat(self) -> list[tuple[Objective, str]]:
         """The objectives that it is a sum of, with whose completions they learn from: ``all``, ``student`` or ``others``."""
@@ -181,13 +189,34 @@ class Objective(Configurable):
         parts, stats = measure([self], student, teacher, tokens, agreement_k, extras, [expected])
         return self.conclude(parts[0], stats, rollout, rows, student.vocab, extras)
 
+    def counted(self, rollout: Rollout, rows: Bool[Tensor, " B"] | None = None) -> Bool[Tensor, "B T"]:
+        """Tokens that it learns from.
+
+        Args:
+            rollout: graded where the outcome asks for it.
+            rows: rollouts that count; None counts all.
+
+        Raises:
+            ValueError: if grades are needed and unknown.
+        """
+        counts = rollout.mask if rows is None else rollout.mask & rows[:, None]
+        if not self.outcome.title:
+            return counts
+        if rollout.outcome is None:
+            raise ValueError(
+                f"{self.outcome!r} needs the grade of every completion (Rollout.outcome), as RolloutRefresh records it where "
+                "the prompt set has a grader; for rollouts from elsewhere give grades in [0, 1], or use `outcome: NoOutcome`"
+            )
+        kept = self.outcome.rows(rollout.outcome)
+        return counts if kept is None else counts & kept[:, None]
+
     def check(self, rollout: Rollout, rows: Bool[Tensor, " B"] | None = None) -> None:
         """Refuse a rollout that lacks what this objective needs.
 
         Raises:
             ValueError: if sampler log-probabilities are needed and unknown.
         """
-        if self.needs_sampler and bool(rollout.sampler_logprobs[_counts(rollout, rows)].isnan().any()):
+        if self.needs_sampler and bool(rollout.sampler_logprobs[self.counted(rollout, rows)].isnan().any()):
             raise ValueError(
                 f"{self.support.title} with {self.credit.title} credit needs the log-probability with which every token "
                 "was sampled, and some rows do not know it (completions from a data set). Use `rollout.source: "
@@ -217,7 +246,7 @@ class Objective(Configurable):
 
     def _weights(self, rollout: Rollout, rows: Tensor | None, dtype: torch.dtype) -> Float[Tensor, "B T"]:
         """The factor of every token's loss; 0 where it does not count."""
-        counts = _counts(rollout, rows)
+        counts = self.counted(rollout, rows)
         scale = rollout.scale[0] if rollout.scale else 1.0 / max(self.reduction.denominator(counts), 1.0)
         return (self.reduction.weights(counts, dtype) * scale).where(counts, 0.0)
 
@@ -245,7 +274,7 @@ class Objective(Configurable):
         ratio = (drawn - sampler).exp()
         stats = {**stats, "ratio": ratio, "ratio_deviation": (ratio - 1.0).abs()}
         sampler = sampler.where(~sampler.isnan(), drawn.to(sampler.dtype))  # rows that do not count
-        counts = _counts(rollout, rows)
+        counts = self.counted(rollout, rows)
         with exactly(sampler):
             found = self._token_losses(parts, sampler, rollout, vocab, extras, counts)
         total = token_loss = found.loss.where(counts, 0.0)
@@ -290,6 +319,8 @@ class Objective(Configurable):
                 loss = loss * reach.state
                 local, cost, state_cost = local * reach.token, cost * reach.token, state_cost * reach.state
             advantage = self.credit.advantage(Signals(local, cost, state_cost, mask, values))
+            if rollout.outcome is not None:
+                advantage = self.outcome.combine(advantage, counts, rollout.outcome, rollout.group, extras.progress)
             weight = self.correction.weight(log_ratio, advantage, mask)
             unit = (logprob - logprob.detach()).exp()  # 1, with the gradient of log p
             if parts.routed is None:
@@ -311,8 +342,3 @@ class Objective(Configurable):
             goal = -self.credit.future_cost(spread(found["state_cost"]), mask).clamp(max=LARGEST_COST)
             error = 0.5 * (spread(critic.to(loss.dtype)) - goal).square()
         return TokenLosses(loss, error, advantages)
-
-
-def _counts(rollout: Rollout, rows: Tensor | None) -> Bool[Tensor, "B T"]:
-    """Tokens that an objective learns from."""
-    return rollout.mask if rows is None else rollout.mask & rows[:, None]

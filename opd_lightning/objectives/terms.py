@@ -112,8 +112,7 @@ class Terms(Objective):
         return any(t.objective.needs_sampler for t in self.terms)
 
     def denominators(self, rollout: Rollout) -> list[float]:
-        masks = [rollout.mask if (rows := t.selected(rollout)) is None else rollout.mask & rows[:, None] for t in self.terms]
-        return [t.objective.reduction.denominator(mask) for t, mask in zip(self.terms, masks, strict=True)]
+        return [t.objective.reduction.denominator(t.objective.counted(rollout, t.selected(rollout))) for t in self.terms]
 
     def __call__(
         self,

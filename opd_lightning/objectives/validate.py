@@ -72,13 +72,14 @@ def _biases(objective: Objective) -> tuple[str, ...]:
     if support.record_top_k:
         out.append("on stale rollouts the support is that of the student who wrote")
     out.append("" if _time_discounted(objective) else credit.bias)
-    if isinstance(reduction, SequenceMean) and (support.sampled or not support.needs_teacher or credit.gamma > 0.0):
+    if isinstance(reduction, SequenceMean) and (objective.needs_sampler or not support.needs_teacher):
         out.append("the weight 1 / length depends on the drawn tokens where completions can end early")
     if isinstance(reduction, TokenMean):
         out.append("divided by the sampled number of tokens (a ratio estimate, bias of order 1 / batch)")
     if objective.shaper.title:
         out.append("the signal is bent: the same fixed point, not the gradient of the divergence")
     out.append(bias_of_route(objective))
+    out.append(objective.outcome.bias)
     correction = objective.correction
     if objective.needs_sampler and correction.bias and not isinstance(correction, TokenRatio):
         out.append(f"on stale rollouts {correction.bias}")
@@ -135,9 +136,10 @@ def declare(objective: Objective) -> DeclaredTarget:
         }[support.closure]
     level = f"time-discounted (gamma={credit.gamma:g}) sequence-level" if _time_discounted(objective) else credit.level
     name = f"{title} from the writer of the text" if isinstance(support, WrittenToken) else f"{level} {title}"
+    name = objective.outcome.named(name)
     parts = [support.title, f"{credit.title} credit", objective.baseline.title, objective.shaper.title]
     parts += [gate.title for gate in objective.gates]
-    parts += [objective.route.title, objective.reduction.title]
+    parts += [objective.route.title, objective.outcome.title, objective.reduction.title]
     if objective.needs_sampler and not isinstance(objective.correction, TokenRatio):
         parts.append(objective.correction.title)
     if objective.temperature != 1.0:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
-from opd_lightning.inspect.oracle import Path, TableLaws, TabularWorld, Writer
+from opd_lightning.inspect.oracle import Path, TableLaws, TabularWorld
 from opd_lightning.objectives import (
     BatchMean,
     Constant,
@@ -32,38 +31,16 @@ from opd_lightning.objectives import (
     WrittenToken,
 )
 from opd_lightning.types import Rollout
+from tests.objectives.groups import gradients, mean
 from tests.objectives.textbook import Book, close, reverse_kl, world, worlds
 
 WORLDS = worlds()
 each_world = pytest.mark.parametrize("name", WORLDS)
 each_credit = pytest.mark.parametrize("credit", [Immediate(), ReturnToGo(), Discounted(0.6, analytic=True)], ids=repr)
-Group = tuple[Path, ...]
 
 
 def sampled(baseline: object, credit: object = Immediate(), **axes: object) -> Objective:
     return Objective(ReverseKL(), SampledToken(), credit, baseline, Constant(1.0), **axes)
-
-
-def gradients(
-    at: TabularWorld, groups: Sequence[Group], objective: Objective, writer: Writer = "student", **extras: object
-) -> torch.Tensor:
-    """(groups, G, S, V) gradient of every rollout of every group, in one batch."""
-    paths, size = [path for group in groups for path in group], len(groups[0])
-    batch = Rollout.cat([at.rollout(path, writer) for path in paths])
-    batch = replace(batch, row=torch.arange(len(paths)), group_size=size, scale=(1.0,) * len(objective.flat()))
-    states = torch.tensor([s for path in paths for s in path.states])
-    owner = torch.tensor([i for i, path in enumerate(paths) for _ in path.states])
-    rows = at.student.detach()[states].requires_grad_(True)
-    loss = objective(TableLaws(rows), TableLaws(at.teacher[states]), batch, extras=Extras(**extras)).loss
-    out = torch.zeros(len(paths), *at.teacher.shape, dtype=torch.float64)
-    out.index_put_((owner, states), torch.autograd.grad(loss, rows)[0], accumulate=True)
-    return out.view(len(groups), size, *at.teacher.shape)
-
-
-def mean(groups: Sequence[Group], found: torch.Tensor, writer: Writer = "student") -> torch.Tensor:
-    """Expected gradient of a rollout, the rollouts of a group drawn independently."""
-    chances = [torch.tensor([path.probability(writer) for path in group], dtype=torch.float64).prod() for group in groups]
-    return (torch.stack(chances)[:, None, None] * found.mean(1)).sum(0)
 
 
 def plain_advantages(book: Book, credit: object, path: Path) -> list[float]:

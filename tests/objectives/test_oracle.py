@@ -16,6 +16,7 @@ Where each statement about estimators is shown (a file once, its tests behind it
 - test_members.py: no NaN at any limit, masked tokens in between, empty masks, gradient to student and critic alone.
 - test_objective.py: identical teacher, columns that nobody can draw, padding, alignment. test_refusals.py: what is refused is
   broken. test_bigram_pilot.py: the raw top-k. test_fused.py: chunks, float32 and bfloat16.
+- test_outcomes.py: grades added, bounded mixing and its sign rule, shaped magnitudes that never flip, filters.
 - tests/ops/test_estimators.py: k1, k2, k3 and abs, backpropagated and as advantages. tests/contracts: gradients of every
   divergence by its definition, limits of families, closures at k = V, a token's value is no advantage.
 - tests/strategies/test_splits.py: micro-batches and ranks. tests/inspect/test_audit.py: the mistakes of others, named.
