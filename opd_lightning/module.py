@@ -147,7 +147,7 @@ class OPDModule(pl.LightningModule):
         student = self.recipe.build()
         prove_head(student)
         for model in self._leaves().values():
-            model.build(student, share=self.device_mesh is None)
+            model.build(student, share=self._trainer is None or not parallel.is_sharded(self._trainer.strategy))
         for scored in (student, *self._own_models()) if self.packed else ():
             pack_rows(scored)
         self._trained_names = {f"student.{n}" for n, p in student.named_parameters() if p.requires_grad}
@@ -156,11 +156,7 @@ class OPDModule(pl.LightningModule):
         if any(o.needs_critic for o in self._objectives):
             self.critic = self._new_critic()
             self._trained_names |= {"critic.weight", "critic.bias"}
-        if self.device_mesh is not None:  # only the FSDP2 strategy sets it
-            mesh = self.device_mesh["data_parallel"]
-            parallel.shard(base_of(student), mesh)
-            for own in self._own_models():
-                parallel.shard(base_of(own), mesh)
+        parallel.split(self, base_of(student), [base_of(own) for own in self._own_models()])
         self.student = student
         rank_zero_info(f"student: {trainable_report(student)}")
 

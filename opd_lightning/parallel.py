@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
@@ -69,6 +72,95 @@ if "fsdp2" not in StrategyRegistry.available_strategies():
     StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all processes")
 
 
+class _WholePrecision(FSDPPrecision):
+    """Lightning's own converts no frozen records and clips no gradient by its norm, which only the root knows."""
+
+    root: Any
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        self.root.clip_grad_norm_(clip_val)
+
+
+class FSDP1Strategy(FSDPStrategy):
+    """FSDP1: the student sharded over all processes, a unit a decoder layer; teachers stay whole. FSDP2 is the first choice.
+
+    Lightning's own refuses CPUs, and on a CPU its whole checkpoints are views of memory that FSDP frees.
+    """
+
+    base: nn.Module
+    """The Hugging Face model of the student; `split` sets it."""
+
+    def setup_environment(self) -> None:
+        self.precision_plugin = _WholePrecision("32-true")
+        super().setup_environment()
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+        root: nn.Module | None = _fsdp1_root(self.base)
+        if root is not None:  # of an earlier fit or validate
+            return root
+        layers: Any = self.base.get_decoder().layers  # type: ignore[operator]
+        units = set(layers)
+        policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda m: m in units)
+        keys = {"auto_wrap_policy": policy, "device_id": self.root_device, **self.kwargs}
+        root = FullyShardedDataParallel(model, cpu_offload=self.cpu_offload, sharding_strategy=self.sharding_strategy, **keys)
+        self.base.__dict__["_fsdp1_root"] = root  # not a submodule: it lies above
+        self.precision_plugin.root = root  # type: ignore[attr-defined]
+        return root
+
+    def _one_piece(self) -> Any:
+        from torch.distributed.fsdp import (
+            FullOptimStateDictConfig,
+            FullStateDictConfig,
+            FullyShardedDataParallel,
+            StateDictType,
+        )
+
+        offload = self.root_device.type != "cpu"  # a move from CPU to CPU copies nothing, and what it leaves is freed
+        weights = FullStateDictConfig(offload_to_cpu=offload, rank0_only=True)
+        states = FullOptimStateDictConfig(offload_to_cpu=offload, rank0_only=True)
+        assert self.model is not None
+        return FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, weights, states)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._state_dict_type != "full":
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        with self._one_piece():
+            whole: dict[str, Any] = self.model.state_dict()
+        return whole
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        if self._state_dict_type != "full":
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        with self._one_piece():
+            return FullyShardedDataParallel.optim_state_dict(self.model, plain)  # keyed by name
+
+
+def own_strategy(strategy: Any, precision: Any = None) -> Any:
+    """Our FSDP1 for the flag ``fsdp``; anything else as it is.
+
+    Raises:
+        ValueError: for a precision that FSDP1 gets wrong.
+    """
+    chosen = FSDP1Strategy() if strategy == "fsdp" else strategy
+    if isinstance(chosen, FSDP1Strategy) and precision not in (None, 32, "32", "32-true"):
+        raise ValueError(
+            f"trainer.strategy fsdp (FSDP1) with trainer.precision={precision} rounds rotary tables: load the weights in "
+            "bfloat16 (`--model.student.dtype bfloat16`), or take `--trainer.strategy fsdp2`"
+        )
+    return chosen
+
+
 def refuse_absent(strategy: Any) -> None:
     """Refuse a strategy, by its name, whose package is not installed.
 
@@ -88,9 +180,12 @@ def refuse_split_weights(strategy: Any) -> None:
     Raises:
         ValueError: naming the strategy to take.
     """
-    if isinstance(strategy, FSDPStrategy):
-        # Each forward pass shards a layer again, inside summon_full_params too: ranks with unequal completions hang.
-        raise ValueError("trainer.strategy fsdp (FSDP1) cannot write rollouts here: use `--trainer.strategy fsdp2`")
+    if isinstance(strategy, FSDPStrategy) and not isinstance(strategy, FSDP1Strategy):
+        # Its layers are sharded again behind each forward pass: ranks with unequal completions hang.
+        raise ValueError(
+            f"trainer.strategy {type(strategy).__name__} is Lightning's FSDP1, under which no rank can write rollouts by "
+            "itself: use `--trainer.strategy fsdp2`, or `fsdp` for FSDP1"
+        )
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
         raise ValueError(
             "trainer.strategy deepspeed_stage_3 keeps a share of each weight on every device, and rollouts read whole ones: "
@@ -118,8 +213,26 @@ def shard(base: nn.Module, mesh: Any) -> None:
     register_fsdp_forward_method(base, "run_inside")
 
 
+def split(module: Any, base: nn.Module, teachers: list[nn.Module]) -> None:
+    """Share the networks among processes, as the module's strategy wants it. FSDP1 wraps later, and the student alone."""
+    strategy = module._trainer.strategy if module._trainer is not None else None
+    if isinstance(strategy, FSDP1Strategy):
+        strategy.base = base
+    if module.device_mesh is not None:  # only the FSDP2 strategy sets it
+        for network in (base, *teachers):
+            shard(network, module.device_mesh["data_parallel"])
+
+
 def run_inside(base: nn.Module, fn: Callable[[], T]) -> T:
-    """Run ``fn`` as the forward pass of a model: under FSDP2 the root's weights (embeddings, norm, head) are whole."""
+    """Run ``fn`` as the forward pass of a model: under FSDP2 the root's weights (embeddings, norm, head) are whole.
+
+    Under FSDP1 a training step is inside already; anywhere else, where nothing is learnt, all weights are gathered.
+    """
+    from torch.distributed.fsdp._common_utils import TrainingState
+
+    if (root := _fsdp1_root(base)) is not None and root.training_state is TrainingState.IDLE:
+        with whole_weights(base):
+            return fn()
     inside = getattr(base, "run_inside", None)
     result: T = inside(fn) if inside is not None else fn()  # type: ignore[operator]
     return result
@@ -135,19 +248,54 @@ def whole_weights(*models: nn.Module | None) -> Iterator[None]:
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
-    try:
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(unwrapped(model))
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(id(unit) not in roots, recurse=False)
+                unit.reshard()
+
+
+@contextmanager
+def unwrapped(model: nn.Module | None) -> Iterator[None]:
+    """Under FSDP1: gathered weights, and plain layers in place of their wrappers, which would communicate when called.
+
+    All ranks must enter it; inside, each goes its own way. Under any other strategy it is nothing.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if model is None or (root := _fsdp1_root(model)) is None:
         yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(id(unit) not in roots, recurse=False)
-            unit.reshard()
+        return
+    wrappers = [
+        (parent, name, m)
+        for parent in model.modules()
+        for name, m in parent.named_children()
+        if isinstance(m, FullyShardedDataParallel)
+    ]
+    with FullyShardedDataParallel.summon_full_params(root, writeback=False):
+        for parent, name, wrapper in wrappers:
+            setattr(parent, name, wrapper.module)
+        try:
+            yield
+        finally:
+            for parent, name, wrapper in wrappers:
+                setattr(parent, name, wrapper)
+
+
+def _fsdp1_root(model: nn.Module) -> Any:
+    """The FSDP1 wrapper above a student; None under every other strategy."""
+    return next((root for m in model.modules() if (root := m.__dict__.get("_fsdp1_root")) is not None), None)
 
 
 def is_cut(model: nn.Module) -> bool:
     """Whether each process keeps a share of the weights alone."""
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    return any(isinstance(m, FSDPModule) for m in model.modules())
+    return any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:
@@ -170,9 +318,10 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if any(isinstance(p, dist.tensor.DTensor) for p in model.parameters()):
-        whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return whole
-    return {k: v.detach().cpu() for k, v in model.state_dict().items()}
+        gathered: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return gathered
+    with unwrapped(model):
+        return {k: whole(v) for k, v in model.state_dict().items()}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,7 @@ class OPDTrainer(pl.Trainer):
     def __init__(self, *, float32_matmul: Literal["highest", "high", "medium"] | None = None, **kwargs: Any) -> None:
         parallel.refuse_absent(kwargs.get("strategy"))
         kwargs = _with_core(kwargs)
+        kwargs["strategy"] = parallel.own_strategy(kwargs.get("strategy", "auto"), kwargs.get("precision"))
         super().__init__(**kwargs)
         if float32_matmul is not None:
             _set_precision(float32_matmul, self.strategy.root_device)

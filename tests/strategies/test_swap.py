@@ -1,5 +1,5 @@
-"""One run under one process, DDP and FSDP2: the same rollouts and weights; a checkpoint of one resumes under the others, from
-the middle of a refresh."""
+"""One run under one process, DDP, FSDP1 and FSDP2: the same rollouts, losses and weights; a checkpoint of one resumes
+under every other, from the middle of a refresh."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.strategies.swap_run import run
 from tests.strategies.test_splits import two_processes
 
 STEP_3 = "checkpoints/step-000003.ckpt"  # the second refresh serves steps 2 and 3: this lies between them
+SHARED = ("ddp", "fsdp", "fsdp2")
 
 
 def assert_same(found: dict, expected: dict, last_measurements: int = 99) -> None:
@@ -23,20 +24,30 @@ def assert_same(found: dict, expected: dict, last_measurements: int = 99) -> Non
         assert a["reverse_kl"] == pytest.approx(b["reverse_kl"], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+def assert_same_steps(found: dict, expected: dict, first: int) -> None:
+    """The same completions, token for token, and the same losses, from a step on."""
+    assert found["losses"] == pytest.approx({step: x for step, x in expected["losses"].items() if step >= first}, abs=2e-6)
+    assert len(expected["rollouts"]) == 40 and len(found["rollouts"]) == 8 * (5 - first)
+    assert all(expected["rollouts"][row] == ids for row, ids in found["rollouts"].items())
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_same_run_under_every_strategy_and_across_them(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     alone = run(tmp_path / "one", pair, "auto", devices=1, micro=4, lora=kind == "lora")
-    cases = [f"ddp:ddp:{kind}", f"fsdp2:fsdp2:{kind}"]
-    cases += [f"one-fsdp2:fsdp2:{kind}:{tmp_path / 'one' / STEP_3}", f"fsdp2-ddp:ddp:{kind}:{tmp_path / 'fsdp2' / STEP_3}"]
-    cases += [f"ddp-fsdp2:fsdp2:{kind}:{tmp_path / 'ddp' / STEP_3}"]
-    two_processes("tests/strategies/swap_run.py", tmp_path, *pair, *cases)
-    for case in cases:
-        name = case.partition(":")[0]
-        assert_same(torch.load(tmp_path / f"{name}.pt", weights_only=True), alone)
-    for origin in ("ddp", "fsdp2"):
+    straight = [f"{strategy}:{strategy}:{kind}" for strategy in SHARED]
+    crossing = [
+        f"{origin}-{target}:{target}:{kind}:{tmp_path / origin / STEP_3}" for origin in ("one", *SHARED) for target in SHARED
+    ]
+    two_processes("tests/strategies/swap_run.py", tmp_path, *pair, *straight, *crossing)
+    for case in (*straight, *crossing):
+        found = torch.load(tmp_path / f"{case.partition(':')[0]}.pt", weights_only=True)
+        assert_same(found, alone)
+        assert_same_steps(found, alone, first=0 if case in straight else 3)
+    for origin in SHARED:
         back = run(tmp_path / "back", pair, "auto", 1, 4, lora=kind == "lora", resume=str(tmp_path / origin / STEP_3))
         assert_same(back, alone)
-    inside = torch.load(tmp_path / "fsdp2" / STEP_3, weights_only=True)
-    assert not any("teacher" in key for key in inside["state_dict"])
-    if kind == "lora":
-        assert all("lora_" in key for key in inside["state_dict"])
+        assert_same_steps(back, alone, first=3)
+        inside = torch.load(tmp_path / origin / STEP_3, weights_only=True)
+        assert not any("teacher" in key for key in inside["state_dict"])
+        if kind == "lora":
+            assert all("lora_" in key for key in inside["state_dict"])

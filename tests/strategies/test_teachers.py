@@ -1,5 +1,5 @@
-"""Moving, mixed and routed teachers under one process, DDP and FSDP2: the same student and the same teacher, and a checkpoint
-of one strategy goes on under another."""
+"""Moving, mixed and routed teachers under one process, DDP, FSDP1 and FSDP2: the same student and the same teacher, and
+a checkpoint of one strategy goes on under another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from tests.strategies.teacher_run import run
 from tests.strategies.test_splits import two_processes
-from tests.strategies.test_swap import assert_same
+from tests.strategies.test_swap import SHARED, assert_same
 
 STEP_3 = "checkpoints/step-000003.ckpt"  # in the middle of the second refresh
 
@@ -35,10 +35,10 @@ def test_a_moving_teacher_under_every_strategy_and_across_them(size: str, pair: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["live", "trust", "ensemble", "routed", "siblings"])
+@pytest.mark.parametrize("kind", ["ema", "live", "trust", "ensemble", "routed", "siblings"])
 def test_other_teachers_under_every_strategy(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    cases = [f"{strategy}:{strategy}:{kind}:lora" for strategy in ("ddp", "fsdp2")]
+    cases = [f"{strategy}:{strategy}:{kind}:lora" for strategy in SHARED]
     two_processes("tests/strategies/teacher_run.py", tmp_path, *pair, *cases)
     alone = run(tmp_path / kind, pair, "auto", 1, kind, lora=True)
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in SHARED:
         assert_same_run(torch.load(tmp_path / f"{strategy}.pt", weights_only=True), alone)

@@ -13,7 +13,7 @@ PAIRS = 200
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp", "ddp"])
 def test_two_hundred_pairs_of_lengths(strategy: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     two_processes("tests/strategies/uneven_run.py", tmp_path, *pair, strategy, PAIRS)
     found = torch.load(tmp_path / f"{strategy}.pt", weights_only=True)

@@ -19,7 +19,7 @@ from opd_lightning.types import Completion
 from tests.helpers import tiny_data, tiny_module, tiny_trainer
 
 LONGEST = 32
-STRATEGIES = {"ddp": DDPStrategy, "fsdp2": parallel.FSDP2Strategy}
+STRATEGIES = {"ddp": DDPStrategy, "fsdp": parallel.FSDP1Strategy, "fsdp2": parallel.FSDP2Strategy}
 
 
 class Uneven(NativeSampler):

@@ -93,9 +93,11 @@ class FollowingTeacher(StartTeacher):
         self.step = step
         if step % self.every:
             return
-        theirs, weights = dict(student.named_parameters()), self._weights()
-        for name, average in weights.items():
-            average.lerp_(theirs[name].detach().to(average.dtype), self.rate)
+        weights = self._weights()
+        with parallel.unwrapped(student):
+            theirs = dict(student.named_parameters())
+            for name, average in weights.items():
+                average.lerp_(theirs[name].detach().to(average.dtype), self.rate)
         self._publish(weights)
 
     def state_dict(self) -> dict[str, Any]:
