@@ -181,6 +181,11 @@ class _Quiet(logging.Filter):
 class ReadingCLI(OPDCLI):
     """Parses the words of ``opd fit`` and builds the recipes, and stops there: no trainer, no weights, no folder."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """One verb: the parsers of the others take as long as the reading."""
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
     def before_instantiate_classes(self) -> None:
         """No checkpoint is looked for."""
 

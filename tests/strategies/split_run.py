@@ -6,6 +6,7 @@ Run by test_splits.py, also on two processes.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ from opd_lightning.data import Addition, TaskPrompts
 from opd_lightning.models import FrozenTeacher, Student
 from opd_lightning.module import OPDModule
 from opd_lightning.objectives import (
+    Additive,
     BatchMean,
     Constant,
     GroupMean,
     Objective,
+    OutcomeFilter,
     ReturnToGo,
     ReverseKL,
     SampledToken,
     SequenceMean,
+    Term,
+    Terms,
     TopK,
 )
 from opd_lightning.ops import fused
@@ -39,7 +44,20 @@ OBJECTIVES = {
     "constant": lambda: Objective(ReverseKL(), TopK(4, "union", "tail"), reduction=Constant(6.0)),
     "group_mean": lambda: Objective(ReverseKL(), SampledToken(), ReturnToGo(), GroupMean()),
     "batch_mean": lambda: Objective(ReverseKL(), SampledToken(), ReturnToGo(), BatchMean()),
+    "graded": lambda: Terms(
+        [
+            Term(Objective(ReverseKL(), SampledToken(), outcome=Additive())),
+            Term(Objective(ReverseKL(), outcome=OutcomeFilter()), weight=0.5),
+        ]
+    ),
 }
+
+
+class OddDigits(Addition):
+    """A grade that an untrained model sometimes earns."""
+
+    def __call__(self, row: Mapping[str, Any], completion: str) -> float:
+        return float(sum(map(str.isdigit, completion)) % 2)
 
 
 class Keep(pl.Callback):
@@ -74,7 +92,7 @@ def run(
     rollout = RolloutRefresh(sampler=NativeSampler(max_new_tokens=12), rollouts_per_prompt=2, seed=5)
     strategy = "ddp" if devices > 1 else "auto"
     trainer = tiny_trainer(root, [rollout, keep], max_steps=2, devices=devices, strategy=strategy, enable_checkpointing=False)
-    prompts = TaskPrompts(Addition(digits=digits), size=40, seed=3)
+    prompts = TaskPrompts(OddDigits(digits=digits), size=40, seed=3)
     trainer.fit(module, tiny_data(prompts=prompts, held_out=0, micro_batch_size=micro))
     return keep
 

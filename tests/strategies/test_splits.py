@@ -12,7 +12,7 @@ import torch
 
 from tests.strategies.split_run import OBJECTIVES, run
 
-CUT = ("group_mean", 1)
+CUT = {("group_mean", 1), ("graded", 1)}
 """Rollouts of a prompt apart from each other: refused."""
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 16
@@ -38,8 +38,9 @@ def test_one_process_any_micro_batch(objective: str, pair: tuple[Path, Path], tm
     whole = run(tmp_path, pair, objective, devices=1, micro=0)
     assert len(whole.lengths) > 2  # completions of unequal lengths
     assert max(g.abs().max() for g in whole.gradient.values()) > 1e-4
+    assert objective != "graded" or 0.0 < whole.logged["rollout/grade"] < 1.0
     for micro in (1, 2, 4):
-        if (objective, micro) == CUT:
+        if (objective, micro) in CUT:
             with pytest.raises(ValueError, match=r"rollout\.rollouts_per_prompt.*data\.micro_batch_size=1"):
                 run(tmp_path, pair, objective, devices=1, micro=micro)
             continue
@@ -50,7 +51,7 @@ def test_one_process_any_micro_batch(objective: str, pair: tuple[Path, Path], tm
 
 
 def test_two_ranks(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    cases = [f"{objective}:{micro}:2" for objective in OBJECTIVES for micro in (1, 2, 4) if (objective, micro) != CUT]
+    cases = [f"{objective}:{micro}:2" for objective in OBJECTIVES for micro in (1, 2, 4) if (objective, micro) not in CUT]
     two_processes("tests/strategies/split_run.py", tmp_path, *pair, *cases)
     for case in cases:
         whole = run(tmp_path, pair, case.partition(":")[0], devices=1, micro=0)
