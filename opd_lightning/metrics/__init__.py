@@ -9,13 +9,14 @@ from opd_lightning.metrics.agreement import (
     TopKMass,
     TopKOverlap,
 )
-from opd_lightning.metrics.graders import ExactMatch, Grader, NumberMatch, RegexMatch
+from opd_lightning.metrics.graders import Contains, ExactMatch, Grader, NumberMatch, RegexMatch
 from opd_lightning.metrics.text import DistinctNGrams, Repetition
 from opd_lightning.metrics.token_mean import PassAtK, TokenMean
 
 __all__ = [
     "DistinctNGrams",
     "EntropyGap",
+    "Contains",
     "ExactMatch",
     "Grader",
     "Imbalance",

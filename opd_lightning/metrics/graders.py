@@ -9,7 +9,7 @@ from typing import Any
 
 from opd_lightning.configurable import Configurable
 
-__all__ = ["ExactMatch", "Grader", "NumberMatch", "RegexMatch"]
+__all__ = ["Contains", "ExactMatch", "Grader", "NumberMatch", "RegexMatch"]
 
 
 class Grader(Configurable, ABC):
@@ -43,6 +43,20 @@ class ExactMatch(Grader):
 
     def __call__(self, row: Mapping[str, Any], completion: str) -> float:
         return float(completion.strip() == str(_expected(row, self.answer_key, "ExactMatch")).strip())
+
+
+class Contains(Grader):
+    """The answer stands somewhere in the completion.
+
+    Args:
+        answer_key: column with the answer.
+    """
+
+    def __init__(self, answer_key: str = "answer") -> None:
+        self.answer_key = answer_key
+
+    def __call__(self, row: Mapping[str, Any], completion: str) -> float:
+        return float(str(_expected(row, self.answer_key, "Contains")).strip() in completion)
 
 
 class NumberMatch(Grader):

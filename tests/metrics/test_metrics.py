@@ -8,6 +8,7 @@ import torch
 from opd_lightning.metrics import (
     DistinctNGrams,
     EntropyGap,
+    Contains,
     ExactMatch,
     Imbalance,
     NegativeShare,
@@ -67,6 +68,8 @@ def test_agreement_metrics_average_over_tokens() -> None:
 def test_graders() -> None:
     assert ExactMatch()({"answer": 12}, " 12\n") == 1.0
     assert ExactMatch()({"answer": 12}, "12.") == 0.0
+    assert Contains("code")({"code": 3141}, "3141: seven minutes") == 1.0
+    assert Contains("code")({"code": 3141}, "314: seven minutes") == 0.0
     assert NumberMatch()({"answer": "#### 1,200"}, "it costs 1200 dollars, or 1,200.00") == 1.0
     assert NumberMatch()({"answer": 3}, "no number") == 0.0
     assert RegexMatch(r"^Note:")({}, "Note: x") == 1.0
