@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from opd_lightning.metrics import (
+    Contains,
     DistinctNGrams,
     EntropyGap,
-    Contains,
     ExactMatch,
     Imbalance,
     NegativeShare,
