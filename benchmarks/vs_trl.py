@@ -9,15 +9,18 @@ step by step. The peers get their best settings (see worker_trl.py), and with fl
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness import (
     BUILD,
+    RESULTS,
     Sample,
     Worker,
     alternate,
     chosen,
+    commit,
     fit_worker,
     machine,
     parser,
@@ -92,7 +95,15 @@ def judged(taken: Mapping[str, list[Sample]], versions: Mapping[str, Any], agree
         medium = [ratio(sides[f"ours{MEDIUM}"], sides[f"{peer}{MEDIUM}"]) for peer in PEERS]
         ratios["vs_fastest_both_medium"] = max(medium)
         ratios["vs_fastest_peer_medium"] = max(ratio(sides["ours"], sides[f"{peer}{MEDIUM}"]) for peer in PEERS)
-    return {"ratios": ratios, "sides": sides, "peak_rss": memory, "versions": versions, "agreement": agreed}
+    of_case = {"versions": versions, "agreement": agreed, "commit": commit()}
+    return {"ratios": ratios, "sides": sides, "peak_rss": memory, **of_case}
+
+
+def kept(given: argparse.Namespace) -> dict[str, Any]:
+    """Cases of the last results, which stay where only others are run."""
+    file = (given.out or RESULTS) / "vs_trl.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.is_file() else {}
+    return {case: {"commit": "unknown", **result} for case, result in found.items()}
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -106,7 +117,7 @@ def page(found: Mapping[str, Any]) -> str:
             rows.append([who, side["median"], *phases, f"{rss / 2**20:.0f}" if rss else "", side["others"]])
         ratios = ", ".join(f"{k} **{v}**" for k, v in result["ratios"].items())
         head = ["side", "step (s)", *PHASES, "peak RSS (MiB)", "others"]
-        parts.append(f"## {case}\n\nOurs over theirs: {ratios}.\n\n{table(head, rows)}")
+        parts.append(f"## {case}\n\nOurs over theirs, commit {result['commit']}: {ratios}.\n\n{table(head, rows)}")
     peers = next(iter(found.values()))["versions"]["gkd"]
     told = ", ".join(f"{k} {v}" for k, v in peers.items())
     note = (
@@ -129,10 +140,11 @@ def main() -> None:
         given.rounds, given.new_tokens, given.skip_medium = min(given.rounds, 1), 16, True
         cases = given.only or ["tiny"]
     say(f"vs_trl on {machine()['cpu']}: {', '.join(cases)}")
-    found = {}
+    found = kept(given) if len(cases) < len(CASES) and not given.quick else {}
     for case in cases:
         say(f"{case}:")
         found[case] = run(given, case)
+    found = {case: found[case] for case in CASES if case in found}
     report(given, "vs_trl", {case: r["ratios"] for case, r in found.items()}, {"cases": found}, page(found))
 
 

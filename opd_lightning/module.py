@@ -318,8 +318,9 @@ class OPDModule(pl.LightningModule):
             self.past[number] = objective.remember(self.past.get(number), seen)
             self._seen = []
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+        optimizer.zero_grad()  # the next rollouts are written without them
         self.clock.leave()
 
     def validation_step(self, prompts: list[Prompt], batch_idx: int) -> None:

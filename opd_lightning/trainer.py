@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from opd_lightning import parallel
+from opd_lightning import memory, parallel
 from opd_lightning.callbacks import (
     Alarms,
     ColdStart,
@@ -50,7 +50,7 @@ CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, Alarms, RunCard, Finit
 class OPDTrainer(pl.Trainer):
     """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, alarms, run card, checkpoints,
     clean stop, NaN guard, watchdog, progress bar) and a CSV logger below ``default_root_dir`` are added; everything else is
-    Lightning's own.
+    Lightning's own. On a CPU the process keeps the memory that it frees (see `opd_lightning.memory`).
 
     Args:
         float32_matmul: precision of float32 matrix products: ``highest``, ``high`` or ``medium``, as in
@@ -65,6 +65,8 @@ class OPDTrainer(pl.Trainer):
         kwargs = _with_core(kwargs)
         kwargs["strategy"] = parallel.own_strategy(kwargs.get("strategy", "auto"), kwargs.get("precision"))
         super().__init__(**kwargs)
+        if self.strategy.root_device.type == "cpu":
+            memory.keep_freed()
         if float32_matmul is not None:
             _set_precision(float32_matmul, self.strategy.root_device)
 

@@ -221,7 +221,7 @@ def memory(student: Shape, teachers: Sequence[Shape], load: Load, machine: Machi
         "gradients": float(student.trained * size),
         "optimizer": 2.0 * student.trained * size,
         "activations": tokens * (student.layers * kept + one_layer) * size,
-        "loss": 2.0 * min(TILE, scored) * size + (student.head * 4.0 if student.head_trained else 0.0),
+        "loss": _of_loss(scored, student),
         "cache of the sampler": load.decoded_together
         * (load.prompt + load.completion)
         * student.layers
@@ -231,6 +231,14 @@ def memory(student: Shape, teachers: Sequence[Shape], load: Load, machine: Machi
     if machine.name == "cpu":
         found["process"] = float(PROCESS)
     return {name: value for name, value in found.items() if value}
+
+
+def _of_loss(logits: int, student: Shape) -> float:
+    """Both models' tiles of logits, and the sum over tiles of a trained head's gradient where there is more than one."""
+    size = student.dtype.itemsize
+    if student.head_trained and logits * size <= 4 * TILE:
+        return 2.0 * logits * size
+    return 2.0 * min(TILE, logits) * size + (student.head * 4.0 if student.head_trained else 0.0)
 
 
 def measure(words: Sequence[str]) -> tuple[dict[str, float], float]:

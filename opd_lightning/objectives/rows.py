@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opd_lightning.objectives.baselines import Baseline
 from opd_lightning.objectives.credits import Credit
-from opd_lightning.objectives.divergences import Divergence
+from opd_lightning.objectives.divergences import Divergence, ReverseKL
 from opd_lightning.objectives.gates import Gate
 from opd_lightning.objectives.routes import Route, Vanilla
 from opd_lightning.objectives.shapers import Shaper
@@ -242,7 +242,8 @@ class ObjectiveRows:
         gradient *= (factors[0].to(gradient.dtype) / objective.temperature)[:, None]
         signals = _signals(objective, Scores(value, None, value), World(student, teacher, tokens))
         signals["teacher_logprob"] = lp.gather(teacher, tokens)
-        stats = statistics(student, teacher, *probs, tokens, self.agreement_k)
+        known = value if type(objective.divergence) is ReverseKL else None
+        stats = statistics(student, teacher, *probs, tokens, self.agreement_k, known)
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
         measured |= {(0, "_" + key): value for key, value in signals.items()}
         measured.update(stats)
@@ -342,6 +343,7 @@ def statistics(
     teacher_probs: Float[Tensor, "n V"],
     tokens: Int[Tensor, " n"],
     agreement_k: int,
+    reverse_kl: Float[Tensor, " n"] | None = None,
 ) -> dict[str, Tensor]:
     """Measurements of the two models, whatever is descended. (n,) each, in nats where nothing is said."""
     on_token = lp.gather(student, tokens), lp.gather(teacher, tokens)
@@ -349,7 +351,7 @@ def statistics(
     out = {
         "student_entropy": -dot(student_probs, student),
         "teacher_entropy": -dot(teacher_probs, teacher),
-        "reverse_kl": dot(student_probs, student - teacher),
+        "reverse_kl": dot(student_probs, student - teacher) if reverse_kl is None else reverse_kl,
         "k1": k1(*on_token),
         "k3": k3(*on_token),
     }

@@ -36,8 +36,8 @@ KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type` of the configurations that were compared. SmolLM2 is a llama; SmolLM3 skips rotary positions in some layers."""
 
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Layer, queries, keys and values (N, heads, head size) to what the heads read."""
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+"""Layer, queries (N, heads, head size), and keys with the values behind them, to what the heads read."""
 
 
 class UnknownArchitecture(ValueError):
@@ -52,14 +52,14 @@ class Norm:
     """Root-mean-square normalisation with a weight, rounded where transformers rounds."""
 
     def __init__(self, module: Any) -> None:
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         _expect(eps is not None and {n for n, _ in module.named_parameters()} == {"weight"}, f"norm {type(module).__name__}")
-        self.weight, self.eps = module.weight, eps
+        self.weight, self.eps = module.weight, torch.tensor(eps, dtype=torch.float32, device=module.weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        normal: Tensor = self.weight * (wide * size.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()).to(x.dtype)
+        x = x if x.dtype.itemsize <= 4 else x.float()
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        normal: Tensor = self.weight * (x * torch.addcmul(self.eps, size, size, value=1.0 / x.shape[-1]).rsqrt_()).to(x.dtype)
         return normal
 
 
@@ -127,9 +127,9 @@ class Decoder:
         places = torch.arange(length, device=self.device)
         cos, sin = base.model.rotary_emb(weights.embedding[:1], places[None])
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, : self.size // 2], sin[0, :, self.size // 2 :]], -1)
-        shape = (rows, self.keys, min(length, prompt + GROWTH), self.size)
+        shape = (rows, 2 * self.keys, min(length, prompt + GROWTH), self.size)  # keys, then values
         self.limit, self.room = length, shape[2]
-        self.cached = [[torch.zeros(shape, dtype=weights.dtype, device=self.device) for _ in "kv"] for _ in weights.layers]
+        self.cached = [torch.zeros(shape, dtype=weights.dtype, device=self.device) for _ in weights.layers]
         self.lengths: list[int] = []  # tokens of every row in the cache
         self.prompts: list[tuple[int, ...]] = []
         self.places = places[:0]  # the same as `lengths`, on the device
@@ -170,24 +170,22 @@ class Decoder:
         if moved:
             to, row = torch.tensor(moved, device=self.device).T
             end = max(self.lengths[r] for _, r in moved)
-            for pair in self.cached:
-                for cache in pair:
-                    cache[to, :, :end] = cache[row, :, :end]
+            for cache in self.cached:
+                cache[to, :, :end] = cache[row, :, :end]
         self.lengths = [self.lengths[r] for r in order]
         self.prompts = [self.prompts[r] for r in order]
         self.places = self.places[kept]
 
     def _copy(self, source: slice, target: slice, length: int) -> None:
-        for pair in self.cached:
-            for cache in pair:
-                cache[target, :, :length] = cache[source, :, :length]
+        for cache in self.cached:
+            cache[target, :, :length] = cache[source, :, :length]
 
     def _reserve(self, length: int) -> None:
         if length <= self.room:
             return
         old, self.room = self.room, min(self.limit, max(length, 2 * self.room))
-        for i, pair in enumerate(self.cached):
-            self.cached[i] = [F.pad(cache, (0, 0, 0, self.room - old)) for cache in pair]
+        for i, cache in enumerate(self.cached):
+            self.cached[i] = F.pad(cache, (0, 0, 0, self.room - old))
 
     # ---- the network ---------------------------------------------------------------------------------------------------
     @torch.inference_mode()
@@ -203,20 +201,16 @@ class Decoder:
             mask = torch.zeros(hidden.shape, dtype=self.weights.dtype, device=ids.device).masked_fill_(hidden, -torch.inf)
             mask = mask[:, None, None].expand(-1, -1, self.queries // self.keys, -1)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.cached[layer]
+        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+            cache = self.cached[layer]
             if together:
-                keys[:rows, :, longest - 1], values[:rows, :, longest - 1] = k, v
+                cache[:rows, :, longest - 1] = kv
             else:
-                keys[here, :, self.places], values[here, :, self.places] = k, v
+                cache[here, :, self.places] = kv
+            keys, values = cache[:rows, :, :longest].chunk(2, 1)
             # the queries that share a key head are rows of one small matrix: keys and values are not repeated
-            return F.scaled_dot_product_attention(
-                q.reshape(rows, self.keys, -1, self.size),
-                keys[:rows, :, :longest],
-                values[:rows, :, :longest],
-                attn_mask=mask,
-                scale=self.scale,
-            )
+            q = q.reshape(rows, self.keys, -1, self.size)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
 
         x = self._through(ids, self.cos[self.places], self.sin[self.places], attend)
         self.lengths = [n + 1 for n in self.lengths]
@@ -230,30 +224,28 @@ class Decoder:
         rows = torch.cat([torch.arange(first, first + n) for _, first, n in waiting]).to(self.device)
         of = torch.cat([torch.full((n,), i) for i, (_, _, n) in enumerate(waiting)]).to(self.device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.view(count, longest, -1, self.size).transpose(1, 2) for t in (q, k, v))
-            for cache, new in zip(self.cached[layer], (k, v), strict=True):
-                cache[rows, :, :longest] = new[of]  # what lies behind a shorter prompt is masked, then overwritten
+        def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+            q, kv = (t.unflatten(0, (count, longest)).transpose(1, 2) for t in (q, kv))
+            self.cached[layer][rows, :, :longest] = kv[of]  # what lies behind a shorter prompt is masked, then overwritten
+            k, v = kv.chunk(2, 1)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.keys < self.queries)
             return out.transpose(1, 2)
 
         cos, sin = (t[:longest].repeat(count, 1) for t in (self.cos, self.sin))
         self._through(ids.flatten(), cos, sin, attend)
 
-    def _through(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def _through(self, ids: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """(N, D) hidden states of N tokens at the places that ``cos`` and ``sin`` (N, head size) stand for."""
         x = F.embedding(ids, self.weights.embedding)
         count, cos, sin = len(ids), cos[:, None], sin[:, None]
         for i, layer in enumerate(self.weights.layers):
             heads = layer.qkv(layer.before_attention(x)).view(count, -1, self.size)
-            turning, v = heads.split([self.queries + self.keys, self.keys], 1)
+            turning = heads[:, : self.queries + self.keys]
             if layer.head_norms is not None:
                 parts = turning.split([self.queries, self.keys], 1)
                 turning = torch.cat([norm(part) for norm, part in zip(layer.head_norms, parts, strict=True)], 1)
-            q, k = _rotate(turning, cos, sin).to(self.weights.dtype).split([self.queries, self.keys], 1)
-            mixed = attend(i, q, k, v)
+            heads[:, : self.queries + self.keys] = _rotate(turning, cos, sin)
+            mixed = attend(i, heads[:, : self.queries], heads[:, self.queries :])
             x = x + layer.out(mixed.reshape(count, -1))
             gate, up = layer.gate_up(layer.before_mlp(x)).chunk(2, -1)
             x = x + layer.down(layer.act(gate) * up)
@@ -262,7 +254,7 @@ class Decoder:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions; ``sin`` carries the sign of the first half."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * sin)
 
 
 def expect_known(base: Any, length: int) -> None:

@@ -49,17 +49,16 @@ class Law:
         if self.temperature == 0.0:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros(logits.shape, device=logits.device).scatter_(-1, best, 1.0)
-        logits = logits.float()
         if self.temperature != 1.0:
-            logits = logits / self.temperature
+            logits = logits.float() / self.temperature
         if 0 < self.top_k < logits.shape[-1]:
             worst_kept = logits.topk(self.top_k, -1).values[:, -1:]
             logits = logits.masked_fill(logits < worst_kept, -torch.inf)
         if self.top_p < 1.0:
-            ranked, ids = logits.softmax(-1).sort(-1, descending=True)
+            ranked, ids = logits.softmax(-1, dtype=torch.float32).sort(-1, descending=True)
             outside = ranked.cumsum(-1) - ranked >= self.top_p  # the token that crosses the line is kept
             logits = logits.masked_fill(outside.gather(-1, ids.argsort(-1)), -torch.inf)
-        return logits.softmax(-1)
+        return logits.softmax(-1, dtype=torch.float32)
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
@@ -83,15 +82,17 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
         probabilities = torch.nn.functional.pad(probabilities, (0, missing))
     blocks = probabilities.view(rows, -1, BLOCK)
     mass = blocks.sum(-1)
-    block, rest = _passed(mass, uniform[:, None] * mass.sum(-1, keepdim=True))
+    point = uniform[:, None] * mass.sum(-1, keepdim=True)
+    block, running = _passed(mass, point)
+    rest = point - (running.gather(-1, block) - mass.gather(-1, block))
     inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1)
     return (block * BLOCK + _passed(inside, rest)[0]).squeeze(-1)
 
 
 def _passed(mass: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, 1) the first entry with mass at which the running sum passes ``point``, and what of ``point`` lies inside it."""
+    """(rows, 1) the first entry at which the running sum passes ``point``, which then has mass, and the running sum."""
     running = mass.cumsum(-1)
-    whole = running.amax(-1, keepdim=True)
-    point = torch.minimum(point, torch.nextafter(whole, torch.zeros_like(whole)))  # rounding may have led past the end
-    index = ((running > point) & (mass > 0)).to(torch.uint8).argmax(-1, keepdim=True)  # argmax: the first of equals
-    return index, point - (running.gather(-1, index) - mass.gather(-1, index))
+    last = torch.nextafter(running[:, -1:], running.new_zeros(()))
+    point = torch.minimum(point, last).clamp_(min=0.0)  # rounding may have led past an end
+    # without a number among them, rows may end anywhere
+    return torch.searchsorted(running, point, right=True).clamp_(max=mass.shape[-1] - 1), running

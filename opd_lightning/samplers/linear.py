@@ -82,7 +82,7 @@ class Linear:
         return self.dtype == torch.float32 and sum(w.numel() for w in weights) >= PACK_FLOAT32
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self._product(x.to(self.dtype))
+        out = self._product(x if x.dtype == self.dtype else x.to(self.dtype))
         if self.adapter is None:
             return out
         down, up = self.adapter

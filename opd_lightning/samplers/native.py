@@ -115,33 +115,37 @@ class NativeSampler(Configurable):
         law = Law(self.temperature, self.top_p, self.top_k)
         randoms = uniforms(list(seeds), self.max_new_tokens).to(device)
         ends = torch.tensor(vocabulary.eos_ids, device=device)
-        tokens = torch.full(randoms.shape, vocabulary.pad_id, device=device)
-        logprobs = torch.zeros(randoms.shape, device=device)
         lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
         closed = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         # equal prompts lie next to each other, so they are read once, and prompts of one length are read together
         waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-        rows, newest = lengths[:0], lengths[:0]
+        rows, written, newest = (lengths[:0] for _ in range(3))
+        steps: list[tuple[Tensor, ...]] = []  # rows, places, tokens and log-probabilities
         while waiting or len(rows):
             free = self.batch_size - len(rows)
             if waiting and (not len(rows) or (engine.refills and free >= REFILL_AT * self.batch_size)):
                 joining, waiting = waiting[:free], waiting[free:]
                 engine.admit([prompts[i] for i in joining])
                 rows = torch.cat([rows, torch.tensor(joining, device=device)])
+                written = torch.cat([written, lengths.new_zeros(len(joining))])
                 newest = torch.cat([newest, torch.tensor([prompts[i][-1] for i in joining], device=device)])
-            written = lengths[rows]
             newest, recorded = law.sample(engine.step(newest)[:, : vocabulary.size], randoms[rows, written])
-            tokens[rows, written], logprobs[rows, written] = newest, recorded
-            lengths[rows] += 1
-            ended = torch.isin(newest, ends)
-            over = ended | (written + 1 == self.max_new_tokens)
+            steps.append((rows, written, newest, recorded))
+            written = written + 1
+            ended = (newest[:, None] == ends).any(-1)
+            over = ended | (written == self.max_new_tokens)
             if bool(over.any()):
                 closed[rows[ended]] = True
+                lengths[rows] = written
                 kept = _closed_up(~over)
                 engine.keep(kept)
-                rows, newest = rows[kept], newest[kept]
+                rows, written, newest = rows[kept], written[kept], newest[kept]
                 if on_progress:
                     on_progress(len(prompts) - len(waiting) - len(rows))
+        tokens = torch.full(randoms.shape, vocabulary.pad_id, device=device)
+        logprobs = torch.zeros(randoms.shape, device=device)
+        row, place, token, logprob = (torch.cat(column) for column in zip(*steps, strict=True))
+        tokens[row, place], logprobs[row, place] = token, logprob
         return tokens, logprobs, lengths, closed
 
 
