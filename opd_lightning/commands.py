@@ -239,16 +239,36 @@ def inspect_pair(words: list[str], read: Reader) -> int:
 
 FLOOR = """Trains a toy student towards a teacher that is told more: one rule for all rows, or another answer for every row, in
 both directions of the KL. Prints how much of the divergence goes, the floor that the closed form gives, and whether what was
-learned reaches contexts that were never trained on. The folder gets floor.json and floor.png."""
+learned reaches contexts that were never trained on. The folder gets floor.json and floor.png.
+
+With -c it is the floor of a configuration instead: the teacher is asked, at what the untrained student writes, under what it is
+told about the row and under what it is told about other rows."""
 
 
 def pi_floor(words: list[str], read: Reader) -> int:
     """``opd pi-floor``."""
-    parser = argparse.ArgumentParser("opd pi-floor", description=FLOOR, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "opd pi-floor",
+        description=FLOOR,
+        epilog="example: opd pi-floor -c methods/opsd.yaml\nwith -c, other keys of `opd fit` are understood",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
+    parser.add_argument("--rows", type=int, default=16, help="with -c: rows of the training set (default: %(default)s)")
+    parser.add_argument("--tellings", type=int, default=8, help="with -c: the row's own and others' (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs/pi_floor"), help="where it writes (default: %(default)s)")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="worlds (default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each training (default: %(default)s)")
-    given = parser.parse_args(words)
+    given, flags = parser.parse_known_args(words)
+    if given.config:
+        from opd_lightning.inspect.tellings import estimate
+
+        setup = read([*(word for name in given.config for word in ("-c", name)), *flags])
+        print(estimate(setup, given.rows, given.tellings))
+        return 0
+    if flags:
+        parser.error(f"unrecognized arguments without -c: {' '.join(flags)}")
     from opd_lightning.inspect import floor
 
     print(floor.table(floor.run(given.folder, given.seeds, given.steps)))
@@ -313,7 +333,7 @@ verbs that train nothing themselves:
     doctor              Say before a run how long a step and how much memory it will take.
     inspect-pair        Show both prompts of a row side by side, as student and teacher read them.
     diff                Compare two configurations in terms of what they train.
-    pi-floor            Show in a toy what a student can learn from a teacher that is told more.
+    pi-floor            Show in a toy, or estimate for a run, what a student can learn from a teacher that is told more.
     race                Train several methods with several seeds and compare them.
     resume-drill        Interrupt and resume a configuration at every kind of moment, and compare to the bit.
     report              Table and report of a run, finished or not.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,10 +21,11 @@ from opd_lightning import parallel
 from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
 from opd_lightning.models.distributions import evaluating, laws_of, likeliest, pack_rows, prove_head
+from opd_lightning.models.export import export_student
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
 from opd_lightning.models.teachers import AdapterOffTeacher, StartTeacher, Teacher
-from opd_lightning.models.vocabulary import Vocabulary, extra_eos, prove_rows, prove_same_tokens
+from opd_lightning.models.vocabulary import Vocabulary, extra_eos, prove_rows, prove_same_tokens, special_differences
 from opd_lightning.objectives import Extras, Objective
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold, run_seed
@@ -134,8 +133,15 @@ class OPDModule(pl.LightningModule):
             return
         rows = {"student": int(self.recipe.config().get_text_config().vocab_size)}
         for name, model in self._leaves().items():
+            if model.translation is not None:
+                rank_zero_info(model.translation.prove())
+                prove_rows(model.translation.theirs, {name: model.rows() or 0})
+                continue
             if (theirs := model.tokenizer()) is not None:
-                prove_same_tokens(self.vocabulary.tokenizer, theirs)
+                notes = [prove_same_tokens(self.vocabulary.tokenizer, theirs)]
+                notes += special_differences(self.vocabulary, Vocabulary.of(theirs, extra_eos(model.config())), name)
+                for note in filter(None, notes):
+                    rank_zero_warn(f"{note} (model.{name}; `opd inspect-pair` shows what both read)")
             if (their_rows := model.rows()) is not None:
                 rows[name] = their_rows
         rank_zero_info(prove_rows(self.vocabulary, rows))
@@ -249,6 +255,8 @@ class OPDModule(pl.LightningModule):
     def join(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Rollout:
         """Prompts with what was written behind them, ready to be scored. Rows without privileged information stay in."""
         rollout = Rollout.of(prompts, completions, self.vocabulary.pad_id)
+        if (translation := self.teacher.translation) is not None:
+            rollout = translation.applied(rollout, prompts, completions)
         return rollout.routed(torch.tensor([self.teacher.route(p) for p in prompts])) if self.teacher.routes else rollout
 
     def top_ids(self, rollout: Rollout, k: int, rows: int) -> torch.Tensor:
@@ -378,18 +386,6 @@ class OPDModule(pl.LightningModule):
         if self._trainer is not None:
             self._checkpoint = checkpoint
 
-    def export(self, folder: str | Path, merge: bool = False) -> Path:
-        """Write the student as a Hugging Face folder with its tokenizer.
-
-        Args:
-            folder: target; made if needed.
-            merge: for a LoRA student, fold the adapter into the weights and write a plain model; else the adapter alone.
-        """
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        student: Any = self._student
-        if merge and isinstance(student, PeftModel):
-            student = copy.deepcopy(student).merge_and_unload()
-        student.save_pretrained(target)
-        self.vocabulary.tokenizer.save_pretrained(target)
-        return target
+    def export(self, folder: str | Path, merge: bool = False, gguf: bool = False) -> Path:
+        """Write the student; see `opd_lightning.models.export.export_student`."""
+        return export_student(self._student, self.vocabulary, Path(folder), merge, gguf)

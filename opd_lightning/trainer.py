@@ -31,6 +31,7 @@ from opd_lightning.callbacks import (
 )
 from opd_lightning.data.datamodule import PromptDataModule
 from opd_lightning.data.prompts import GivenPrompts
+from opd_lightning.models.export import prove_export
 from opd_lightning.module import OPDModule
 
 DEFAULTS: dict[str, Any] = {
@@ -108,13 +109,16 @@ class OPDTrainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         folder: str = "exported",
         merge: bool = False,
+        gguf: bool = False,
         ckpt_path: str | None = None,
     ) -> None:
-        """Write the student as a Hugging Face folder that plain transformers (and peft) loads.
+        """Write the student as a Hugging Face folder that plain transformers (and peft) loads, or as a GGUF file; load it again
+        and compare.
 
         Args:
             folder: target folder.
             merge: fold a LoRA adapter into the weights; else the adapter is written alone.
+            gguf: write one file, model.gguf, for llama.cpp and its kin (llama, qwen2 and qwen3 architectures).
             ckpt_path: checkpoint of the student; the untrained student if left out.
         """
         assert isinstance(model, OPDModule)
@@ -125,7 +129,8 @@ class OPDTrainer(pl.Trainer):
             state = torch.load(ckpt_path, map_location="cpu", weights_only=True)
             model.on_load_checkpoint(state)
             model.load_state_dict(state["state_dict"], strict=False)
-        print(f"exported to {model.export(folder, merge)}")
+        target = model.export(folder, merge, gguf)
+        print(f"exported to {target}\n{prove_export(model._student, model.vocabulary, target)}")
 
 
 def _set_precision(float32_matmul: str, device: torch.device) -> None:

@@ -135,14 +135,16 @@ class Rollout:
         prompt_index: (B,) line of the prompt set.
         policy_step: (B,) optimizer step of the student that wrote it, or `NOT_A_STUDENT`.
         ended: (B,) closed with EOS; False means cut by the length limit.
-        teacher_text: what the teacher scores where its prompt differs from the student's. Completions are the same
-            tokens in the same order.
+        teacher_text: what the teacher scores where its prompt or its tokenizer differs from the student's. As many positions
+            are scored in each row, in the same order.
         scale: factors, one a term of the objective, that turn "sum over this micro-batch" into "mean over the optimizer
             step, all micro-batches, all ranks", whatever Lightning (accumulation) and DDP (averaging) divide by. Empty
             asks the objective to normalise by this batch alone.
         group_size: rollouts of a prompt; rows are numbered prompt by prompt.
         top_ids: (B, T, K) the student's likeliest tokens when the text was written, likeliest first; None if not recorded.
         outcome: (B,) grade of each completion in [0, 1]; None if nobody graded.
+        unaligned: (B, T) completion tokens that the masks leave out, because no token of a teacher with another tokenizer
+            begins where they do; None if both read the same tokens.
     """
 
     text: Rendering
@@ -156,6 +158,7 @@ class Rollout:
     group_size: int = 1
     top_ids: Tensor | None = None
     outcome: Tensor | None = None
+    unaligned: Tensor | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], completions: Sequence[Completion], pad_id: int) -> Rollout:
@@ -185,6 +188,7 @@ class Rollout:
         apart = any(p.teacher_text is not None for p in parts)  # beside them, parts whose rows nobody tells more about
         top_ids = [_pad(p.top_ids, longest - 1) for p in parts if p.top_ids is not None]
         outcome = [p.outcome for p in parts if p.outcome is not None]
+        unaligned = [_pad(p.unaligned, longest - 1) for p in parts if p.unaligned is not None]
         joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in ("row", "prompt_index", "policy_step", "ended")}
         return cls(
             text=Rendering.cat([p.text for p in parts]),
@@ -194,6 +198,7 @@ class Rollout:
             group_size=parts[0].group_size,
             top_ids=torch.cat(top_ids) if top_ids else None,
             outcome=torch.cat(outcome) if outcome else None,
+            unaligned=torch.cat(unaligned) if unaligned else None,
             **joined,
         )
 
@@ -204,6 +209,11 @@ class Rollout:
     def mask(self) -> Tensor:
         """(B, T) True where a completion token is scored."""
         return self.text.mask
+
+    @property
+    def written(self) -> Tensor:
+        """(B, T) True at every completion token, scored or not scored for want of a teacher's position."""
+        return self.mask if self.unaligned is None else self.mask | self.unaligned
 
     @property
     def group(self) -> Tensor:
@@ -256,11 +266,12 @@ class Rollout:
             group_size=self.group_size,
             top_ids=self.top_ids[index, : text.mask.shape[1]] if self.top_ids is not None else None,
             outcome=self.outcome[index] if self.outcome is not None else None,
+            unaligned=self.unaligned[index, : text.mask.shape[1]] if self.unaligned is not None else None,
         )
 
     def completion(self, b: int) -> list[int]:
         """Completion tokens of row ``b``, EOS included."""
-        return self.text.targets[b][self.mask[b]].tolist()
+        return self.text.targets[b][self.written[b]].tolist()
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""

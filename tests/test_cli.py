@@ -149,6 +149,16 @@ def test_an_export_loads_in_plain_transformers_and_gives_the_same_logits(
     assert AutoTokenizer.from_pretrained("out")("12+34=").input_ids == ids[0].tolist()
 
 
+def test_an_export_to_gguf_says_that_it_is_the_same_model(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "-c", small, "--model.optimizer", "AdamW", "--model.optimizer.lr", "0.1"]) == 0
+    assert main(["export", "--ckpt_path", "run/checkpoints/step-000002.ckpt", "--folder", "out", "--gguf", "true"]) == 0
+    out = capsys.readouterr().out
+    assert "exported to out" in out and "log-probs of 256 random tokens equal the student's" in out
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["model.gguf"]
+
+
 def test_a_module_loads_from_its_checkpoint_alone(small: str) -> None:
     assert main(["fit", "-c", small]) == 0
     module = OPDModule.load_from_checkpoint("run/checkpoints/step-000002.ckpt")

@@ -18,13 +18,14 @@ from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.metrics import Grader, PassAtK, TokenMean
 from opd_lightning.models.distributions import evaluating
 from opd_lightning.module import OPDModule
-from opd_lightning.objectives import ForwardKL, Objective, ReverseKL, WrittenToken
+from opd_lightning.objectives import ForwardKL, MatchedVocab, Objective, ReverseKL, WrittenToken
 from opd_lightning.paths import data_file
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import run_seed
 from opd_lightning.types import Completion, Prompt, Rollout
 
 REVERSE_KL = Objective(ReverseKL())
+ON_SHARED = Objective(ReverseKL(), MatchedVocab())
 LIKELIHOOD = Objective(ForwardKL(), WrittenToken())
 
 
@@ -181,7 +182,8 @@ class CompletionEval(pl.Callback):
         for start in range(0, len(prompts), size):
             rollout = pl_module.join(prompts[start : start + size], written[start : start + size])
             counted = (rollout.row >= 0) & torch.tensor([p.informed for p in prompts[start : start + size]])
-            out = pl_module.score(rollout.to(pl_module.device), REVERSE_KL)
+            objective = REVERSE_KL if pl_module.teacher.translation is None else ON_SHARED
+            out = pl_module.score(rollout.to(pl_module.device), objective)
             per_token = out.stats.values["reverse_kl"]
             mean.update(per_token[counted[:, None].expand_as(rollout.mask)[rollout.mask].to(per_token.device)])
 

@@ -48,7 +48,7 @@ class CompletionTable(pl.Callback):
         before = int(batch.mask[:b].sum())
         tokens = slice(before, before + int(batch.mask[b].sum()))
         divergence = output.stats.values.get("reverse_kl")
-        prompt_end = int(batch.text.lengths[b]) - int(batch.mask[b].sum())
+        prompt_end = int(batch.text.lengths[b]) - int(batch.written[b].sum())
         return {
             "step": trainer.global_step,
             "prompt": module.vocabulary.decode(batch.text.ids[b, :prompt_end].tolist()),

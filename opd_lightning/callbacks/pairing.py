@@ -36,6 +36,7 @@ def refuse_unfit_teacher(module: Any, source: Source, data: PromptDataModule | N
             f"rollout.source lets the teacher write, but {type(teacher).__name__} only scores: use StudentSource or "
             "DatasetSource, or another model.teacher"
         )
+    _refuse_two_vocabularies(module)
     parts = [part for part, _ in module.objective.flat()]
     if data is None or data.teacher_template is not None or not teacher.starts_as_student or module.phases:
         return
@@ -49,6 +50,40 @@ def refuse_unfit_teacher(module: Any, source: Source, data: PromptDataModule | N
                 )
             )
         )
+
+
+def _refuse_two_vocabularies(module: Any) -> None:
+    """A teacher with another tokenizer can be compared in one way only.
+
+    Raises:
+        DegenerateObjective: for an objective that takes its tokens for the student's.
+        ValueError: where it stands for a model of the student's vocabulary.
+    """
+    for name, model in [("model.reference", module.reference), *_members(module.teacher)]:
+        if model.translation is not None:
+            raise ValueError(
+                f"{name} is a {type(model).__name__}: a model with another tokenizer can only be model.teacher itself"
+            )
+    if module.teacher.translation is None:
+        return
+    for objective in (module.objective, *(phase.objective for phase in module.phases)):
+        for part, _ in objective.flat():
+            if part.needs_teacher and not part.support.crosses:
+                raise DegenerateObjective(
+                    str(
+                        Defect(
+                            f"{type(module.teacher).__name__} has a vocabulary of its own, and {part.support.title} would take "
+                            "its token ids for the student's",
+                            "q(a) of the student's token a does not exist where the teacher has no token a",
+                            "support: MatchedVocab, with an exact divergence and credit Immediate (or support: WrittenToken)",
+                        )
+                    )
+                )
+
+
+def _members(teacher: Any) -> list[tuple[str, Any]]:
+    """The teachers inside a teacher, by their keys."""
+    return [(f"model.teacher.{name}", leaf) for name, leaf in teacher.leaves().items() if name]
 
 
 def remarks(module: Any, data: PromptDataModule | None) -> list[str]:

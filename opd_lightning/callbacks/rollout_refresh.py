@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,13 @@ from opd_lightning.callbacks.step_monitor import Logging, at_step_end
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.data.buffer import Plan, RolloutBuffer
 from opd_lightning.data.datamodule import PromptDataModule
-from opd_lightning.metrics import DistinctNGrams, Repetition
+from opd_lightning.metrics import DistinctNGrams, Leak, Repetition, told_elsewhere
 from opd_lightning.objectives import Objective
 from opd_lightning.objectives.validate import refuse_unfit_source
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import run_seed
 from opd_lightning.sources import Source, StudentSource
-from opd_lightning.types import Rollout
+from opd_lightning.types import Prompt, Rollout
 
 
 class RolloutRefresh(Logging):
@@ -264,6 +265,8 @@ class RolloutRefresh(Logging):
             informed = torch.tensor([p.informed for p in prompts])
             told, count = parallel.sum_over_ranks([float(informed.sum()), float(len(prompts))])
             self.measured["rollout/informed"] = told / count
+            if data.teacher_tokenizer is None:  # tokens of two vocabularies cannot be compared
+                self.measured |= _leak([p for p in prompts if p.teacher_ids], rollout, pl_module.device)
             rollout = rollout.without(~informed)
         self.buffer.put(refresh, rollout, self._scales(rollout, objective))
 
@@ -280,10 +283,11 @@ class RolloutRefresh(Logging):
         return [tuple(factors[c * terms : (c + 1) * terms]) for c in range(plan.chunks)]
 
     def _measure(self, rollout: Rollout, seconds: float, device: torch.device) -> dict[str, float | torch.Tensor]:
-        local = [float(rollout.mask.sum()), float(len(rollout)), float((~rollout.ended).sum()), seconds / parallel.world_size()]
+        written = float(rollout.written.sum())
+        local = [written, float(len(rollout)), float((~rollout.ended).sum()), seconds / parallel.world_size()]
         tokens, count, truncated, mean_seconds = parallel.sum_over_ranks(local)
         self.total_tokens += int(tokens)
-        texts = [ids[mask] for ids, mask in zip(rollout.text.targets, rollout.mask, strict=True)]
+        texts = [ids[mask] for ids, mask in zip(rollout.text.targets, rollout.written, strict=True)]
         again, distinct = Repetition().to(device), DistinctNGrams().to(device)
         again.update(texts)
         distinct.update(texts)
@@ -291,6 +295,8 @@ class RolloutRefresh(Logging):
         if rollout.outcome is not None:
             on_text["rollout/grade"] = parallel.sum_over_ranks([float(rollout.outcome.sum())])[0] / count
         known: dict[str, float | torch.Tensor] = {k: v for k, v in on_text.items() if not math.isnan(v)}
+        if rollout.unaligned is not None:
+            known["rollout/scored_positions"] = parallel.sum_over_ranks([float(rollout.mask.sum())])[0] / max(tokens, 1.0)
         return known | {
             "rollout/completion_tokens": tokens / count,
             "rollout/total_tokens": torch.tensor(self.total_tokens, dtype=torch.float64),  # plain numbers pass through float32
@@ -326,6 +332,19 @@ def _comparing(objective: Objective) -> str:
     """What compares the rollouts of a prompt."""
     parts = [axis for part, _ in objective.flat() for axis in (part.baseline, part.outcome) if axis.needs_groups]
     return type(parts[0]).__name__
+
+
+def _leak(prompts: Sequence[Prompt], rollout: Rollout, device: torch.device) -> dict[str, float]:
+    """How much of what only the teacher was told stands in the completions, and the control. All ranks call it."""
+    place = {int(row): b for b, row in enumerate(rollout.row)}
+    written = [torch.tensor(rollout.completion(place[p.row]), device=device) for p in prompts]
+    told = [torch.tensor(p.teacher_ids, device=device) for p in prompts]
+    ours = [torch.tensor(p.ids, device=device) for p in prompts]
+    leak, control = Leak().to(device), Leak().to(device)
+    leak.update(written, told, ours)
+    control.update(written, told_elsewhere([p.index for p in prompts], told), ours)
+    found = {"rollout/leak": float(leak.compute()), "rollout/leak_control": float(control.compute())}
+    return {key: value for key, value in found.items() if not math.isnan(value)}
 
 
 def _count_micro_batches(trainer: pl.Trainer, position: int) -> None:

@@ -14,7 +14,16 @@ from torch import Tensor
 from opd_lightning import parallel
 from opd_lightning.types import NOT_A_STUDENT, ObjectiveOutput, Rollout
 
-MEANS = ("reverse_kl", "k1", "k3", "student_entropy", "teacher_entropy", "critic_loss")
+MEANS = (
+    "reverse_kl",
+    "k1",
+    "k3",
+    "student_entropy",
+    "teacher_entropy",
+    "critic_loss",
+    "matched_student_mass",
+    "matched_teacher_mass",
+)
 OUTLIER = 10.0
 """Nats between the two log-probabilities of a drawn token from which on its signal counts as an outlier. Our choice: one of
 them gives the token less than a twenty-thousandth of what the other does."""

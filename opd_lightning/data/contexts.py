@@ -90,6 +90,10 @@ class Context(Template):
         told = self.information(row)
         if told is None:
             raise ValueError(f"{type(self).__name__} has nothing to tell about {str(row['prompt'])[:60]!r}")
+        return self.text_with(told, row, tokenizer)
+
+    def text_with(self, told: Mapping[str, str], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+        """The row's prompt with any information: that of another row, to see what it would have done to the teacher."""
         return (self.template or AutoTemplate()).text({**row, "prompt": self._reworded(row["prompt"], told)}, tokenizer)
 
     def _reworded(self, prompt: Any, told: Mapping[str, str]) -> Any:

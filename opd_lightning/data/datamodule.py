@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from opd_lightning import parallel
 from opd_lightning.data.buffer import RolloutBuffer, RolloutLoader
@@ -81,6 +82,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.buffer: RolloutBuffer | None = None
         self.total_micro_batches = 0
         self.vocabulary: Vocabulary | None = None
+        self.teacher_tokenizer: PreTrainedTokenizerBase | None = None  # where it is not the student's
         self.limit_held_out: int | None = None
         self._orders: dict[int, list[int]] = {}
 
@@ -93,6 +95,8 @@ class PromptDataModule(pl.LightningDataModule):
                 raise RuntimeError("outside a Trainer, set `datamodule.vocabulary` (module.vocabulary) before setup()")
             module: Any = self.trainer.lightning_module
             self.vocabulary = module.vocabulary
+            if (translation := module.teacher.translation) is not None:
+                self.teacher_tokenizer = translation.theirs.tokenizer
         rows = self.prompt_set.rows()
         if self.held_out >= len(rows):
             raise ValueError(f"data.held_out={self.held_out}, but the prompt set has only {len(rows)} rows")
@@ -126,7 +130,7 @@ class PromptDataModule(pl.LightningDataModule):
                 written = tokenizer(row["completion"], add_special_tokens=False).input_ids
                 reference = (*written, self.vocabulary.eos_ids[0])
             informed = self.teacher_template is None or self.teacher_template.informed(row)
-            theirs = self.teacher_template.ids(row, tokenizer) if self.teacher_template is not None and informed else None
+            theirs = self._teacher_ids(row, informed)
             uninformed += not informed
             unknown += self.vocabulary.unk_id in (*ids, *(theirs or ()), *(reference or ()))
             out.append(Prompt(index, text, ids, theirs, reference, dict(row), informed=informed))
@@ -147,6 +151,14 @@ class PromptDataModule(pl.LightningDataModule):
                 f"{too_long} of {len(rows)} prompts are longer than data.max_prompt_tokens={self.max_prompt_tokens}: left out"
             )
         return out
+
+    def _teacher_ids(self, row: Mapping[str, Any], informed: bool) -> tuple[int, ...] | None:
+        """What the teacher reads; None if it reads what the student reads."""
+        assert self.vocabulary is not None
+        template = self.teacher_template if informed else None
+        if self.teacher_tokenizer is not None:
+            return (template or self.template).ids(row, self.teacher_tokenizer)
+        return template.ids(row, self.vocabulary.tokenizer) if template is not None else None
 
     def replace_prompts(self, prompts: PromptSet) -> None:
         """Use other prompts, all of them held out (for generation)."""
@@ -198,8 +210,7 @@ class PromptDataModule(pl.LightningDataModule):
             siblings = [a for a in groups[prompt.row // group] if a.row != prompt.row]
             row = {**prompt.fields, "attempt": attempts[prompt.row], "siblings": siblings}
             informed = prompt.row >= 0 and self.teacher_template.informed(row)
-            ids = self.teacher_template.ids(row, self.vocabulary.tokenizer) if informed else None
-            out.append(replace(prompt, teacher_ids=ids, informed=informed))
+            out.append(replace(prompt, teacher_ids=self._teacher_ids(row, informed), informed=informed))
         return out
 
     # ---- the stream of prompts -----------------------------------------------------------------------------------------

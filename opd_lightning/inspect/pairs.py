@@ -11,7 +11,7 @@ from typing import Any
 from opd_lightning.data.datamodule import PromptDataModule
 from opd_lightning.data.group_contexts import Attempt
 from opd_lightning.inspect.setups import Setup
-from opd_lightning.models.vocabulary import Vocabulary, extra_eos
+from opd_lightning.models.vocabulary import Vocabulary, extra_eos, special_differences
 
 THINKING = ("<think>", "</think>")
 
@@ -25,11 +25,12 @@ def show(setup: Setup, rows: int, width: int) -> str:
         width: of the page, in characters.
     """
     data, module = setup.data, setup.module
-    tokenizer = module.vocabulary.tokenizer
+    tokenizer, translation = module.vocabulary.tokenizer, module.teacher.translation
+    reads = translation.theirs.tokenizer if translation is not None else tokenizer
     out = []
     for number, row in enumerate(data.prompt_set.rows()[:rows]):
         student = data.template.text(row, tokenizer)
-        theirs, note = teacher_text(data, row, tokenizer)
+        theirs, note = teacher_text(data, row, reads)
         out += [f"row {number}{note}", *columns(student, theirs, width), ""]
         asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         out += [f"  ! {line}" for line in prompt_differences(student, theirs, student.rpartition(asked)[2])]
@@ -105,17 +106,12 @@ def model_lines(setup: Setup) -> list[str]:
         if tokenizer is None:
             lines.append(f"{name} {type(leaf).__name__}: the student's tokenizer by construction")
             continue
-        config = getattr(leaf, "config", None)
-        theirs = Vocabulary.of(tokenizer, extra_eos(config()) if config is not None else ())
+        if leaf.translation is not None:
+            lines.append(f"{name} {type(leaf).__name__}: {leaf.translation.prove()}")
+            continue
+        theirs = Vocabulary.of(tokenizer, extra_eos(leaf.config()))
         lines.append(f"{name} {type(leaf).__name__} ends with {', '.join(names(list(theirs.eos_ids)))}")
-        for who, extra in (
-            (name, set(theirs.eos_ids) - set(ours.eos_ids)),
-            ("the student", set(ours.eos_ids) - set(theirs.eos_ids)),
-        ):
-            if extra:
-                lines.append(f"  ! EOS: {', '.join(names(sorted(extra)))} ends a text for {who} alone")
-        if tokenizer.chat_template != ours.tokenizer.chat_template:
-            lines.append(f"  ! template: {name} was trained with another chat template; both read the student's")
+        lines += [f"  ! {line}" for line in special_differences(ours, theirs, name)]
     options = [getattr(t, "options", {}) for t in (setup.data.template, setup.data.teacher_template)]
     if options[1] and options[0] != options[1]:
         lines.append(f"  ! template options: {options[0]} for the student, {options[1]} for the teacher")

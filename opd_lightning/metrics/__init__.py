@@ -10,7 +10,7 @@ from opd_lightning.metrics.agreement import (
     TopKOverlap,
 )
 from opd_lightning.metrics.graders import Contains, ExactMatch, Grader, NumberMatch, RegexMatch
-from opd_lightning.metrics.text import DistinctNGrams, Repetition
+from opd_lightning.metrics.text import DistinctNGrams, Leak, Repetition, told_elsewhere
 from opd_lightning.metrics.token_mean import PassAtK, TokenMean
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ExactMatch",
     "Grader",
     "Imbalance",
+    "Leak",
     "NegativeShare",
     "NumberMatch",
     "OverlapAdvantage",
@@ -30,4 +31,5 @@ __all__ = [
     "TokenMean",
     "TopKMass",
     "TopKOverlap",
+    "told_elsewhere",
 ]

@@ -34,6 +34,14 @@ METRICS: dict[str, str] = {
     "rollout/total_tokens": "Completion tokens of all refreshes so far, all ranks; each counts once, however often it is used.",
     "rollout/truncated": "Share of completions cut by max_new_tokens, 0 to 1. 1 minus this is the rate of "
     "end-of-sequence. A rise warns of length inflation.",
+    "rollout/leak": "Share of a completion's 3-grams that stand in the teacher's prompt and not in the student's, mean over "
+    "completions, 0 to 1. A rise above rollout/leak_control means that the student cites what only the teacher saw.",
+    "rollout/leak_control": "The same with what the teacher was told about another prompt: what is there by chance.",
+    "rollout/scored_positions": "Share of completion tokens at which a teacher with another tokenizer begins a token too, 0 to "
+    "1. The others are not scored.",
+    "train/matched_student_mass": "Student probability on tokens that are in both vocabularies, mean over scored positions, 0 "
+    "to 1. The rest is compared by rank alone. train/reverse_kl and the entropies are of the laws given such a token.",
+    "train/matched_teacher_mass": "Teacher probability on tokens that are in both vocabularies, 0 to 1.",
     "rollout/repetition": "Share of a completion's 3-grams that stood in it before, mean over completions, 0 to 1. Near "
     "1 in a loop.",
     "rollout/distinct": "Distinct 3-grams over all 3-grams of a refresh, 0 to 1. Falls where every prompt gets the same text.",

@@ -92,3 +92,49 @@ class DistinctNGrams(_OfNGrams, Metric):
         codes = self.codes if isinstance(self.codes, Tensor) else torch.cat(self.codes)
         share: Tensor = codes.unique().numel() / self.count
         return share.float()
+
+
+class Leak(_OfNGrams, TokenMean):
+    """Share of a completion's n-grams that stand in the teacher's prompt and not in the student's, mean over completions: text
+    that only the teacher was shown. Completions of fewer than n tokens, and teachers that read nothing more, do not count.
+
+    Some of them are there by chance, or because they are right. So it is read against its control, the same with what the
+    teacher was told about another prompt (`told_elsewhere`), and against its own value at the first step.
+
+    Args:
+        n: 1 to 3.
+
+    >>> metric = Leak(n=1)
+    >>> metric.update([torch.tensor([7, 8])], [torch.tensor([1, 8, 9])], [torch.tensor([1])]); metric.compute().item()
+    0.5
+    """
+
+    def __init__(self, n: int = 3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.n = self.check(n)
+
+    def update(  # type: ignore[override]
+        self, completions: Sequence[Tensor], told: Sequence[Tensor], prompts: Sequence[Tensor]
+    ) -> None:
+        """One tensor of ids (L,) a row: what the student wrote, what the teacher reads before it, what the student reads."""
+        shares = []
+        for rows in zip(completions, told, prompts, strict=True):
+            written, theirs, ours = (ngrams(ids, self.n) for ids in rows)
+            secret = theirs[~torch.isin(theirs, ours)]
+            known = len(written) and len(secret)
+            shares.append(torch.isin(written, secret).double().mean().item() if known else torch.nan)
+        super().update(torch.tensor(shares, dtype=torch.float64, device=self.total.device))
+
+
+def told_elsewhere(indices: Sequence[int], told: Sequence[Tensor]) -> list[Tensor]:
+    """What the teacher was told about another prompt, for every row: that of the next row with another index. Empty for all if
+    there is only one prompt.
+
+    >>> [t.tolist() for t in told_elsewhere([4, 4, 5], [torch.tensor([1]), torch.tensor([2]), torch.tensor([3])])]
+    [[3], [3], [1]]
+    """
+    out = []
+    for row, index in enumerate(indices):
+        others = (told[(row + step) % len(told)] for step in range(1, len(told)) if indices[(row + step) % len(told)] != index)
+        out.append(next(others, told[row][:0]))
+    return out

@@ -5,6 +5,7 @@ from opd_lightning.models.students import Student
 from opd_lightning.models.teachers import (
     AdapterOffTeacher,
     CheckpointTeacher,
+    CrossTokenizerTeacher,
     EMATeacher,
     EnsembleTeacher,
     FrozenTeacher,
@@ -23,6 +24,7 @@ from opd_lightning.models.vocabulary import Vocabulary, VocabularyMismatch
 __all__ = [
     "AdapterOffTeacher",
     "CheckpointTeacher",
+    "CrossTokenizerTeacher",
     "EMATeacher",
     "EnsembleTeacher",
     "FrozenTeacher",

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from opd_lightning.paths import packaged_file
@@ -106,8 +113,19 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_config(path: str) -> Any:
-    """The architecture of a model, without its weights."""
-    return AutoConfig.from_pretrained(local_folder(path))
+    """The architecture of a model, without its weights.
+
+    Raises:
+        ValueError: for one that is not a causal language model over text.
+    """
+    config = AutoConfig.from_pretrained(local_folder(path))
+    if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{path!r} ({config.model_type}) is not a causal language model over text: models with an encoder, and those that "
+            "look or listen through a processor, do not pass here. Give a text model (model.student.path, model.teacher.path), "
+            "for instance the language part alone"
+        )
+    return config
 
 
 def hollow_model(config: Any) -> nn.Module:

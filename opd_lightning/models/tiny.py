@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from opd_lightning.models.loading import blank_generation
 from opd_lightning.models.students import Student
 
-__all__ = ["NewStudent", "character_tokenizer", "save_tiny"]
+__all__ = ["NewStudent", "character_tokenizer", "pair_tokenizer", "save_tiny"]
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
@@ -27,6 +27,22 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     vocab = {token: i for i, token in enumerate([*SPECIAL, *dict.fromkeys(characters)])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    return _finished(tokenizer)
+
+
+def pair_tokenizer(characters: str, pairs: str) -> PreTrainedTokenizerFast:
+    """Byte-pair merges over characters: any two of ``pairs`` beside each other are one token, the first pairs first.
+
+    >>> pair_tokenizer("01+", "01").convert_ids_to_tokens(pair_tokenizer("01+", "01")("101+0").input_ids)
+    ['<bos>', '1', '01', '+', '0']
+    """
+    merges = [(a, b) for a in pairs for b in pairs]
+    tokens = [*SPECIAL, *dict.fromkeys(characters), *(a + b for a, b in merges)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return _finished(Tokenizer(models.BPE(vocab, merges, unk_token="<unk>")))
+
+
+def _finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
@@ -35,7 +51,7 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 
 class NewStudent(Student):
-    """A small Llama-style network with random weights and a character tokenizer.
+    """A small Llama-style network with random weights and a character tokenizer, or one with merged pairs of characters.
 
     Args:
         characters: the alphabet.
@@ -46,9 +62,10 @@ class NewStudent(Student):
         max_length: longest sequence.
         init_std: standard deviation of the initial weights; the common 0.02 is small for narrow networks.
         seed: of the weights.
+        pairs: any two of these characters that stand beside each other are one token.
 
     Raises:
-        ValueError: if heads do not divide hidden.
+        ValueError: if heads do not divide hidden, or pairs are made of other characters.
     """
 
     def __init__(
@@ -61,15 +78,19 @@ class NewStudent(Student):
         max_length: int = 256,
         init_std: float = 0.06,
         seed: int = 0,
+        pairs: str = "",
     ) -> None:
+        if strangers := set(pairs) - set(characters):
+            raise ValueError(f"NewStudent(pairs={pairs!r}): {''.join(sorted(strangers))!r} is not among its characters")
         if hidden % heads:
             raise ValueError(f"NewStudent(hidden={hidden}, heads={heads}): heads must divide hidden")
         super().__init__(path="", seed=seed)
+        self.pairs = pairs
         self.characters, self.hidden, self.layers, self.heads = characters, hidden, layers, heads
         self.intermediate, self.max_length, self.init_std = intermediate or 4 * hidden, max_length, init_std
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return character_tokenizer(self.characters)
+        return pair_tokenizer(self.characters, self.pairs) if self.pairs else character_tokenizer(self.characters)
 
     def config(self) -> Any:
         tokenizer = self.tokenizer()

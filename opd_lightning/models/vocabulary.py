@@ -54,24 +54,59 @@ def extra_eos(config: Any) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, (list, tuple)) else ()
 
 
-def prove_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Every id must mean the same token to both.
+def prove_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
+    """Every id must mean the same token to both. The teacher may have tokens behind them: they are cut off like padding.
+
+    Returns:
+        One line that names the teacher's further tokens; empty if there are none.
 
     Raises:
         VocabularyMismatch: with the first differing ids side by side.
     """
     ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (student, teacher))
     if ours == theirs:
-        return
+        return ""
+    further = [i for i in sorted(theirs) if i > max(ours)]
+    if ours == {i: t for i, t in theirs.items() if i not in further}:
+        names = ", ".join(theirs[i] for i in further[:5]) + (", ..." if len(further) > 5 else "")
+        return f"{len(further)} tokens that the teacher alone has are cut off: {names}"
     differing = [i for i in sorted(ours.keys() | theirs.keys()) if ours.get(i) != theirs.get(i)]
     shown = "\n".join(
         f"    id {i}: student {ours.get(i, '(none)')!r}, teacher {theirs.get(i, '(none)')!r}" for i in differing[:5]
     )
     raise VocabularyMismatch(
         f"student and teacher use different tokenizers: {len(differing)} of {len(ours.keys() | theirs.keys())} ids differ, "
-        f"for example\n{shown}\n  Token-level distillation needs one tokenizer. Choose a teacher of the student's family "
-        "(model.teacher.path), or distil the teacher's text with methods/seqkd.yaml after re-tokenizing it."
+        f"for example\n{shown}\n  Choose a teacher of the student's family (model.teacher.path), or let it read the student's "
+        "text in its own tokens: `model.teacher: CrossTokenizerTeacher` with `support: MatchedVocab` (see "
+        "experiments/cross_tokenizer.yaml)."
     )
+
+
+def special_differences(ours: Vocabulary, theirs: Vocabulary, name: str) -> list[str]:
+    """What two models with one vocabulary use differently: ends and beginnings of a text, chat templates.
+
+    Args:
+        ours: the student's.
+        theirs: of the other model.
+        name: of that model.
+    """
+    names: Any = ours.tokenizer.convert_ids_to_tokens
+    out = []
+    for who, extra in (
+        (name, sorted(set(theirs.eos_ids) - set(ours.eos_ids))),
+        ("the student", sorted(set(ours.eos_ids) - set(theirs.eos_ids))),
+    ):
+        if extra:
+            spelled = [t or theirs.tokenizer.convert_ids_to_tokens(i) for i, t in zip(extra, names(extra), strict=True)]
+            out.append(f"EOS: {', '.join(map(str, spelled))} ends a text for {who} alone")
+    begins = ours.tokenizer.bos_token, theirs.tokenizer.bos_token
+    if begins[0] != begins[1]:
+        out.append(
+            f"BOS: a text begins with {begins[0]} for the student and with {begins[1]} for {name}; both read the student's"
+        )
+    if theirs.tokenizer.chat_template != ours.tokenizer.chat_template:
+        out.append(f"template: {name} was trained with another chat template; both read the student's")
+    return out
 
 
 def prove_rows(vocabulary: Vocabulary, rows: dict[str, int]) -> str:

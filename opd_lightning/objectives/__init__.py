@@ -62,7 +62,7 @@ from opd_lightning.objectives.reductions import Constant, Reduction, SequenceMea
 from opd_lightning.objectives.routes import CounterfactualRoute, Route, Vanilla
 from opd_lightning.objectives.rows import Extras
 from opd_lightning.objectives.shapers import Clip, Floor, NoShape, PowerDifference, Shaper, SoftLog, Softsign, Tanh
-from opd_lightning.objectives.supports import FullVocab, SampledToken, Support, TopK, WrittenToken
+from opd_lightning.objectives.supports import FullVocab, MatchedVocab, SampledToken, Support, TopK, WrittenToken
 from opd_lightning.objectives.targets import (
     Extrapolation,
     GeometricBridge,
@@ -116,6 +116,7 @@ __all__ = [
     "KStep",
     "LengthNormalised",
     "MagnitudeOnly",
+    "MatchedVocab",
     "NeymanChi2",
     "NoBaseline",
     "NoCorrection",

@@ -14,8 +14,8 @@ from opd_lightning.objectives.divergences import Divergence, ForwardKL, ReverseK
 from opd_lightning.objectives.gates import PositionImportance
 from opd_lightning.objectives.outcomes import MagnitudeOnly
 from opd_lightning.objectives.reductions import SequenceMean
-from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
-from opd_lightning.objectives.targets import TeacherLaw
+from opd_lightning.objectives.supports import MatchedVocab, SampledToken, TopK, WrittenToken
+from opd_lightning.objectives.targets import TeacherLaw, TeacherTemperature
 
 if TYPE_CHECKING:
     from opd_lightning.objectives.objective import Objective
@@ -38,7 +38,8 @@ class Defect(NamedTuple):
 
 def defect_of(objective: Objective) -> Defect | None:
     """What is wrong with a combination, or None."""
-    for check in (_of_control, _of_topk, _of_text, _of_idle_axis, _of_sampling, _of_route, _of_outcome):
+    checks = (_of_control, _of_topk, _of_two_vocabularies, _of_text, _of_idle_axis, _of_sampling, _of_route, _of_outcome)
+    for check in checks:
         if (found := check(objective)) is not None:
             return found
     return None
@@ -79,6 +80,33 @@ def _of_topk(objective: Objective) -> Defect | None:
         )
     if support.closure == "raw":
         return _of_truncation(divergence)
+    return None
+
+
+def _of_two_vocabularies(objective: Objective) -> Defect | None:
+    """What needs the drawn token, or a law over the student's whole vocabulary, from a teacher of another one."""
+    if not isinstance(objective.support, MatchedVocab):
+        return None
+    drawn = "the student may draw a token that the teacher does not have: it has no log-probability there"
+    missing = "log q(a) does not exist for a outside the shared vocabulary"
+    for used, cause, formula, line in (
+        (
+            not objective.divergence.separable,
+            f"the {objective.divergence.title} is not a sum over entries: the shared tokens alone have none",
+            "D(p, q) != sum_v d(p_v, q_v)",
+            "divergence: {class_path: GeneralizedJSD, init_args: {beta: 0.5}}",
+        ),
+        (
+            not isinstance(objective.target, (TeacherLaw, TeacherTemperature)),
+            f"{objective.target.title} mixes two laws entry by entry, and these have different entries",
+            "m_v = a p_v + (1 - a) q_v",
+            "target: TeacherLaw",
+        ),
+        (objective.credit.gamma > 0.0, drawn, missing, "credit: Immediate"),
+        (any(gate.depends_on != "state" for gate in objective.gates), drawn, missing, "gates: [] (or gates of the state)"),
+    ):
+        if used:
+            return Defect(cause, formula, line)
     return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd_lightning.objectives.baselines import Baseline
@@ -140,6 +140,7 @@ class ObjectiveRows:
         self.objectives, self.teacher, self.reference = objectives, teacher, extras.reference
         self.progress, self.tokens, self.agreement_k = extras.progress, tokens, agreement_k
         self.ahead, self.top_ids = extras.ahead, extras.top_ids
+        self.matched: Tensor | None = getattr(teacher, "matched", None)  # of a teacher with another vocabulary
         self.names = [(i, name) for i, o in enumerate(objectives) for name in _differentiated(o)]
         self.measuring = next((i for i, o in enumerate(objectives) if o.needs_teacher), 0)
 
@@ -183,7 +184,7 @@ class ObjectiveRows:
         for i, objective in enumerate(self.objectives):
             theirs, third = self._others(others, objective)
             ahead, top_ids = (None if x is None else x[start:stop] for x in (self.ahead, self.top_ids))
-            known = (third, self.progress, self.measuring == i, self.agreement_k, ahead, top_ids)
+            known = (third, self.progress, self.measuring == i, self.agreement_k, ahead, top_ids, self.matched)
             with exactly(logits):
                 parts, stats = score(objective, logits, theirs, tokens, *known)
             for name in ("direct", "logprob", "routed"):
@@ -262,7 +263,7 @@ def _differentiated(objective: Axes) -> list[str]:
 def score(
     objective: Axes,
     student_logits: Float[Tensor, "n V"],
-    teacher_logits: Float[Tensor, "n V"] | None,
+    teacher_logits: Float[Tensor, "n W"] | None,
     tokens: Int[Tensor, " n"],
     reference_logits: Float[Tensor, "n V"] | None = None,
     progress: float = 0.0,
@@ -270,6 +271,7 @@ def score(
     agreement_k: int = 0,
     ahead: Float[Tensor, "n V"] | None = None,
     top_ids: Int[Tensor, "n K"] | None = None,
+    matched: Bool[Tensor, " V"] | None = None,
 ) -> tuple[Parts, dict[str, Tensor]]:
     """One objective on both models' logits: what it needs of the vocabulary, and statistics if it is the ``measuring`` one."""
     student = lp.log_softmax(student_logits, objective.temperature)
@@ -285,7 +287,11 @@ def score(
         third = _fixed(reference_logits, objective, student.dtype) if reference_logits is not None else None
         aim = objective.target.law(student.detach(), teacher, third, progress).clamp(min=lp.floor_of(student.dtype))
     world = objective.support.world(student, aim, tokens)
-    recorded = (top_ids,) if objective.support.record_top_k and top_ids is not None else ()
+    recorded: tuple[Tensor | None, ...] = ()
+    if objective.support.crosses:
+        recorded = (None, matched)
+    elif objective.support.record_top_k and top_ids is not None:
+        recorded = (top_ids,)
     scores = objective.support.score(objective.divergence, *world[:3], *recorded)
     routed = objective.route.score(world, ahead)
     with torch.no_grad():
@@ -294,7 +300,10 @@ def score(
             detached["share"] = routed.share
         stats = {}
         if measuring or objective.gates:
-            stats = statistics(student, teacher, student.exp(), teacher.exp(), tokens, agreement_k if measuring else 0)
+            ours, theirs, shares = objective.support.common(student, teacher, matched)
+            stats = statistics(ours, theirs, ours.exp(), theirs.exp(), tokens, agreement_k if measuring else 0)
+            if shares:  # the drawn token need not be one of both vocabularies
+                stats = {key: value for key, value in stats.items() if key not in ("k1", "k3")} | shares
         if objective.gates:
             detached |= {k: stats[k] for k in ("student_entropy", "teacher_entropy", "reverse_kl")}
     return Parts(scores.direct, logprob, routed.log_destination if routed is not None else None, detached), (

@@ -29,7 +29,7 @@ from opd_lightning.configurable import Configurable
 from opd_lightning.objectives.divergences import Divergence
 from opd_lightning.ops import logprobs as lp
 
-__all__ = ["FullVocab", "SampledToken", "Support", "TopK", "WrittenToken"]
+__all__ = ["FullVocab", "MatchedVocab", "SampledToken", "Support", "TopK", "WrittenToken"]
 
 Chooser = Literal["student", "teacher", "union", "intersection"]
 Moment = Literal["scoring", "sampling"]
@@ -89,8 +89,10 @@ class Support(Configurable, ABC):
         summed: True if entries are summed and differentiated through (`Scores.direct`).
         needs_teacher: False if the text alone is the target.
         record_top_k: how many of the student's likeliest tokens must be recorded when the text is written.
+        crosses: True if it compares laws of two vocabularies.
     """
 
+    crosses: bool = False
     sampled: bool = False
     summed: bool = True
     needs_teacher: bool = True
@@ -115,9 +117,15 @@ class Support(Configurable, ABC):
             recorded: the student's `record_top_k` likeliest tokens when the text was written; given only if asked for.
         """
 
-    def world(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], tokens: Int[Tensor, " N"]) -> World:
+    def world(self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N W"], tokens: Int[Tensor, " N"]) -> World:
         """What drawn tokens are judged in; the vocabulary unless a support says otherwise."""
         return World(student, teacher, tokens)
+
+    def common(
+        self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N W"], matched: Bool[Tensor, " V"] | None
+    ) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"], dict[str, Tensor]]:
+        """Both laws over one vocabulary, for measurements, and measurements of its own. Detached."""
+        return student, teacher, {}
 
     @property
     @abstractmethod
@@ -232,6 +240,74 @@ class TopK(Support):
         inside = ((ids == tokens[:, None]) & counts).any(-1)
         on_token = lp.gather(student.detach(), tokens), lp.gather(teacher, tokens)
         return Scores(value, divergence.advantage(*on_token).masked_fill(inside, 0.0), divergence.value(*on_token))
+
+
+class MatchedVocab(Support):
+    """Two vocabularies: the divergence on the tokens of both, and the distance of the sorted probabilities of all others::
+
+        sum_{v in both} d(p_v, q_v) + w sum_k | p_(k) - q_(k) |
+
+    p_(1) >= p_(2) >= ... are of the student's other tokens, q_(k) of the teacher's; the shorter list is filled up with zeros.
+
+    d is the divergence's entry that is never negative and 0 only where p_v = q_v, so the sum needs no laws of mass 1 and is 0
+    only where the shared tokens agree. The first part stands in GOLD (TRL), the second is ULD (arXiv 2402.12030); which token
+    an unshared one means is not known to either. So a student with longer tokens than the teacher's learns to spell in the
+    teacher's: where it could write "12", the teacher's law says "1". With equal vocabularies it is `FullVocab`.
+
+    Args:
+        unmatched: w, at least 0. The distance has no unit, the divergence is in nats.
+
+    Raises:
+        ValueError: for a negative weight.
+    """
+
+    crosses = True
+    title = "tokens of both vocabularies, sorted L1 on the others"
+
+    def __init__(self, unmatched: float = 1.0) -> None:
+        if unmatched < 0.0:
+            raise ValueError(f"MatchedVocab(unmatched={unmatched}): must be at least 0 (0 leaves other tokens alone)")
+        self.unmatched = unmatched
+
+    def score(
+        self,
+        divergence: Divergence,
+        student: Float[Tensor, "N V"],
+        teacher: Float[Tensor, "N W"] | None,
+        tokens: Int[Tensor, " N"],
+        recorded: Int[Tensor, "N K"] | None = None,
+        matched: Bool[Tensor, " V"] | None = None,
+    ) -> Scores:
+        """``teacher``: W >= V log-probabilities, the first V in the order of the student's vocabulary. ``matched``: which
+        of them are tokens of both; None for all.
+        """
+        assert teacher is not None
+        vocab = student.shape[-1]
+        if matched is None or (bool(matched.all()) and teacher.shape[-1] == vocab):
+            value = divergence.total(student, teacher)
+            return Scores(direct=value, reward=None, cost=value.detach())
+        value = divergence.entry(student[:, matched], teacher[:, :vocab][:, matched]).sum(-1)
+        if self.unmatched:
+            ours, theirs = student[:, ~matched].exp(), teacher[:, vocab:].exp()
+            width = max(ours.shape[-1], theirs.shape[-1])
+            ours, theirs = (
+                torch.nn.functional.pad(x.sort(-1, descending=True).values, (0, width - x.shape[-1])) for x in (ours, theirs)
+            )
+            value = value + self.unmatched * (ours - theirs).abs().sum(-1)
+        return Scores(direct=value, reward=None, cost=value.detach())
+
+    def common(
+        self, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N W"], matched: Bool[Tensor, " V"] | None
+    ) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"], dict[str, Tensor]]:
+        """Both laws given that the token is one of both vocabularies, and how much mass that is."""
+        if matched is None:
+            return student, teacher, {}
+        teacher = teacher[:, : student.shape[-1]]
+        shared = [x.masked_fill(~matched, lp.floor_of(x.dtype)) for x in (student, teacher)]
+        mass = [x[:, matched].logsumexp(-1, keepdim=True) for x in shared]
+        ours, theirs = (lp.log_softmax(x) for x in shared)
+        names = ("matched_student_mass", "matched_teacher_mass")
+        return ours, theirs, {name: m.squeeze(-1).exp() for name, m in zip(names, mass, strict=True)}
 
 
 class SampledToken(Support):

@@ -16,7 +16,7 @@ from opd_lightning.objectives.credits import GAE, Discounted
 from opd_lightning.objectives.defects import Defect, DegenerateObjective, defect_of, refuse_unfit_part
 from opd_lightning.objectives.gates import PositionDecay
 from opd_lightning.objectives.reductions import SequenceMean, TokenMean
-from opd_lightning.objectives.supports import SampledToken, TopK, WrittenToken
+from opd_lightning.objectives.supports import MatchedVocab, SampledToken, TopK, WrittenToken
 
 if TYPE_CHECKING:
     from opd_lightning.objectives.objective import Objective
@@ -69,6 +69,11 @@ def _biases(objective: Objective) -> tuple[str, ...]:
         )
     if isinstance(support, SampledToken) and support.k:
         out.append(LOWER_BOUND)
+    if isinstance(support, MatchedVocab):
+        out.append(
+            "between two vocabularies: positions at which only one tokenizer begins a token are not scored, and mass goes from "
+            "tokens of the student alone to the shared ones with which they begin, so it learns to spell as the teacher reads"
+        )
     if support.record_top_k:
         out.append("on stale rollouts the support is that of the student who wrote")
     out.append("" if _time_discounted(objective) else credit.bias)

@@ -173,6 +173,24 @@ class Gappy(TaskPrompts):
         return [{**row, **({"hint": "12"} if i % 2 else {})} for i, row in enumerate(super().rows())]
 
 
+def leak_by_hand(batch: Any, told: torch.Tensor) -> float:
+    """Mean share of 3-grams of the completions that the teacher's prompt has and the student's has not."""
+
+    def grams(ids: list[int]) -> list[tuple[int, ...]]:
+        return [tuple(ids[i : i + 3]) for i in range(len(ids) - 2)]
+
+    shares = []
+    for b in told.nonzero().squeeze(-1).tolist():
+        written = batch.completion(b)
+        ours, theirs = (
+            grams(text.ids[b, : int(text.lengths[b]) - len(written)].tolist()) for text in (batch.text, batch.teacher_text)
+        )
+        secret = set(theirs) - set(ours)
+        if len(written) >= 3 and secret:
+            shares.append(sum(g in secret for g in grams(written)) / (len(written) - 2))
+    return sum(shares) / len(shares)
+
+
 @pytest.mark.parametrize(
     "context", [Hint(wording="{prompt}{information}"), SiblingSuccess(grader=Parity(), wording="{prompt}{information}")]
 )
@@ -189,6 +207,8 @@ def test_rows_without_information_are_masked_and_their_share_is_logged(
     assert 0 < trained.sum() < 8
     assert trainer.callback_metrics["rollout/informed"] == pytest.approx(trained.float().mean().item())
     assert torch.equal(trained, batch.teacher_text.mask.any(-1))
+    assert trainer.callback_metrics["rollout/leak"] == pytest.approx(leak_by_hand(batch, trained), nan_ok=True)
+    assert 0.0 <= trainer.callback_metrics["rollout/leak_control"] <= 1.0
     assert rollout.buffer.scales[0][0] == pytest.approx(
         1.0 / float(batch.mask.sum())
     )  # the denominator counts what is trained on

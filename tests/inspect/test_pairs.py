@@ -63,6 +63,19 @@ def test_a_teacher_without_information_and_one_of_its_group(capsys: pytest.Captu
     assert "the teacher reads what the student reads" in shown(capsys)
 
 
+def test_a_teacher_with_another_tokenizer_reads_its_own_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = model(tmp_path / "ours")
+    save_tiny(tmp_path / "theirs", characters=ALPHABET[:90], hidden=16)
+    tokenizer = Student(str(tmp_path / "theirs")).tokenizer()
+    tokenizer.chat_template = CHAT.replace("[assistant]", "=")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    foreign = f'{{"class_path": "CrossTokenizerTeacher", "init_args": {{"path": "{tmp_path / "theirs"}"}}}}'
+    out = shown(capsys, "--model.student.path", ours, "--model.teacher", foreign, "--data.template", "ChatTemplate",
+                "--model.objective.support", "MatchedVocab")  # fmt: skip
+    assert "two tokenizers: 94 tokens are in both vocabularies, 6 in the student's alone" in out
+    assert "template: the student's completion begins behind" in out
+
+
 def test_where_the_completion_begins() -> None:
     assert prompt_differences("user: b\nassistant:", "rule\nuser: b\nassistant:", "\nassistant:") == []
     assert prompt_differences("1+1=", "1+1=\nHint: 2", "") == []

@@ -11,6 +11,7 @@ from opd_lightning.metrics import (
     EntropyGap,
     ExactMatch,
     Imbalance,
+    Leak,
     NegativeShare,
     NumberMatch,
     OverlapAdvantage,
@@ -21,6 +22,7 @@ from opd_lightning.metrics import (
     TokenMean,
     TopKMass,
     TopKOverlap,
+    told_elsewhere,
 )
 
 
@@ -109,3 +111,28 @@ def test_ngrams_of_large_vocabularies_do_not_collide(n: int) -> None:
     assert again.compute().item() == pytest.approx(sum(repeated) / len(repeated))
     with pytest.raises(ValueError, match="must be 1, 2 or 3"):
         Repetition(4)
+
+
+def test_a_leak_is_what_only_the_teacher_was_shown_against_what_it_was_shown_elsewhere() -> None:
+    """A student that cites its row's secret, one that cites what both read, one that says nothing of either."""
+    prompts = [torch.tensor([1, 2, 3])] * 3
+    told = [torch.tensor([1, 2, 3, 10 + i, 20 + i, 30 + i]) for i in range(3)]
+    written = [torch.tensor([10, 20, 30, 9, 9]), torch.tensor([1, 2, 3]), torch.tensor([7, 8, 9])]
+
+    def of(told: list[torch.Tensor], n: int) -> Leak:
+        metric = Leak(n)
+        metric.update(written, told, prompts)
+        return metric
+
+    assert of(told, 3).compute().item() == pytest.approx((1 / 3 + 0 + 0) / 3)
+    assert of(told, 1).compute().item() == pytest.approx((3 / 5 + 0 + 0) / 3)
+    elsewhere = told_elsewhere([5, 5, 6], told)
+    assert [t[-1].item() for t in elsewhere] == [32, 32, 30]
+    assert of(elsewhere, 3).compute().item() == 0.0
+    assert all(not len(t) for t in told_elsewhere([5, 5, 5], told))
+    assert of(prompts, 3).compute().isnan()  # nothing more was told
+    short = Leak(3)
+    short.update([torch.tensor([1])], told[:1], prompts[:1])
+    assert short.compute().isnan()
+    with pytest.raises(ValueError, match="n must be"):
+        Leak(4)

@@ -9,10 +9,12 @@ from opd_lightning.models.teachers.base import AdapterOffTeacher, FrozenTeacher,
 from opd_lightning.models.teachers.checkpoint import CheckpointTeacher
 from opd_lightning.models.teachers.mixed import EnsembleTeacher, FunctionTeacher, RoutedTeacher, TrustRegionTeacher
 from opd_lightning.models.teachers.moving import EMATeacher, LiveTeacher, PeriodicTeacher
+from opd_lightning.models.teachers.translated import CrossTokenizerTeacher
 
 __all__ = [
     "AdapterOffTeacher",
     "CheckpointTeacher",
+    "CrossTokenizerTeacher",
     "EMATeacher",
     "EnsembleTeacher",
     "FrozenTeacher",

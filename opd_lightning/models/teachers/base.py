@@ -19,6 +19,7 @@ from opd_lightning.models.distributions import DenseLaws, evaluating, head_of, l
 from opd_lightning.models.loading import DTYPES, load_config, load_model, load_tokenizer
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student
+from opd_lightning.models.translation import Translation
 from opd_lightning.types import Prompt, Rendering, TokenLaws
 
 
@@ -45,6 +46,11 @@ class Teacher(Configurable):
     def moving(self) -> str:
         return ""
 
+    @property
+    def translation(self) -> Translation | None:
+        """How it reads what the student writes, if its tokenizer is another one."""
+        return None
+
     def check(self, student: Student) -> None:
         """Refuse a student that this teacher cannot teach, before any weight is loaded."""
 
@@ -54,6 +60,10 @@ class Teacher(Configurable):
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The teacher's tokenizer; None if it is the student's by construction."""
+        return None
+
+    def config(self) -> Any:
+        """The architecture, without the weights; None if it is the student's by construction."""
         return None
 
     def rows(self) -> int | None:
