@@ -78,7 +78,7 @@ def test_every_class_of_the_axes_table_exists() -> None:
 
 
 def test_every_path_of_the_map_exists() -> None:
-    table = README[README.index("## Where things are") : README.index("Strategies: one process")]
+    table = README[README.index("## Where things are") : README.index("Strategies (")]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     for path in re.findall(r"`([\w./]+)`", " ".join(cells)):
         assert any((base / path).exists() for base in (ROOT, ROOT / "opd_lightning")), path
