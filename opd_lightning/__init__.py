@@ -30,6 +30,7 @@ _HOME = {
     "RolloutRefresh": "callbacks",
     "Student": "models",
     "TaskPrompts": "data",
+    "steps": "notebook",
 }
 __all__ = [*_HOME, "__version__"]
 

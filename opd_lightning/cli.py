@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import yaml
@@ -31,6 +31,7 @@ from opd_lightning.module import OPDModule
 from opd_lightning.trainer import DEFAULTS, OPDTrainer
 
 BASE = "base.yaml"
+CLI = TypeVar("CLI", bound="OPDCLI")
 
 
 class Parser(LightningArgumentParser):
@@ -210,12 +211,37 @@ def read(words: list[str]) -> Setup:
     return Setup(yaml.safe_load(text), built["model"], built["rollout"], built["cold_start"], built["data"])
 
 
+class PreparedCLI(OPDCLI):
+    """Builds everything for ``opd fit`` and does not start it."""
+
+    def after_instantiate_classes(self) -> None:
+        """No run is moved aside."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def prepared(words: list[str]) -> PreparedCLI:
+    """Trainer, module and data of ``opd fit`` with these words, not started.
+
+    Raises:
+        ValueError: if the words are refused; the reason has been printed.
+    """
+    argv = sys.argv
+    try:
+        return _built(PreparedCLI, ["fit", *words])
+    except SystemExit as error:
+        raise ValueError(f"opd fit {' '.join(words)} is refused; the reason stands above") from error
+    finally:
+        sys.argv = argv
+
+
 def run_verbs(argv: list[str]) -> OPDCLI:
     """Parse and run one of the verbs that build a module."""
     return _built(OPDCLI, argv)
 
 
-def _built(cls: type[OPDCLI], argv: list[str]) -> OPDCLI:
+def _built(cls: type[CLI], argv: list[str]) -> CLI:
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(_Quiet())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside Lightning 2.6 with torch 2.13

@@ -52,22 +52,39 @@ def configs(words: list[str], read: Reader) -> int:
     return 0
 
 
-def report(run: str, label: str = "opd", controls: list[str] | None = None) -> None:
-    """Write summary.json and report.html of a run from its folder, also of one that was killed.
+REPORT = """Writes what a run did into one HTML file that needs no network: results, curves, heat maps of entropy, KL and
+agreement by step and position, a few rollouts token by token, alarms and run card. From the run's folder alone, also of one
+that was killed.
 
-    Args:
-        run: folder of the run, e.g. runs/quickstart.
-        label: name of the run's row.
-        controls: names of the controls below <run>/controls; all that are there if left out.
-    """
-    from opd_lightning.inspect.report import Report
+Of one run, with its controls: summary.json and report.html into its folder. Of several: one page with all of them side by side;
+runs that differ in their seeds alone share a curve, its band is the standard deviation."""
 
-    folder = Path(run)
-    if not (folder / "eval" / "history.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no measurements (eval/history.json): is it the folder of a run?")
-    found = sorted(f.name for f in (folder / "controls").glob("*") if f.is_dir())
-    chosen = Report(label, dict.fromkeys(controls or found, ""))
-    chosen.show(folder)
+
+def report(words: list[str], read: Reader) -> int:
+    """``opd report``."""
+    parser = argparse.ArgumentParser(
+        "opd report",
+        description=REPORT,
+        epilog="example: opd report runs/quickstart runs/other",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, e.g. runs/quickstart")
+    parser.add_argument("--label", default="opd", help="name of the run's row, for one run (default: %(default)s)")
+    parser.add_argument("--controls", nargs="*", help="controls below RUN/controls that are shown (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="of several runs (default: comparison.html above them)")
+    given = parser.parse_args(words)
+    from opd_lightning.inspect.report import Report, compare
+
+    for folder in given.runs:
+        if not (folder / "eval" / "history.json").is_file() and (len(given.runs) == 1 or not (folder / "logs").is_dir()):
+            raise FileNotFoundError(f"{folder} holds no measurements (eval/history.json): is it the folder of a run?")
+    if len(given.runs) > 1:
+        compare(given.runs, given.out)
+        return 0
+    found = sorted(f.name for f in (given.runs[0] / "controls").glob("*") if f.is_dir())
+    Report(given.label, dict.fromkeys(found if given.controls is None else given.controls, "")).show(given.runs[0])
+    return 0
 
 
 RACE = """Train every method with every seed, each as a run of its own with the same number of completions, and compare them:
@@ -310,7 +327,7 @@ def resume_drill(words: list[str], read: Reader) -> int:
     return 0 if all(not o.differs for o in outcomes) else 1
 
 
-COMMANDS: dict[str, Any] = {"report": report, "zoo": {"build": build, "list": show}}
+COMMANDS: dict[str, Any] = {"zoo": {"build": build, "list": show}}
 """Verbs whose arguments are read from the signature."""
 OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "audit-loss": audit_loss,
@@ -320,6 +337,7 @@ OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "inspect-pair": inspect_pair,
     "pi-floor": pi_floor,
     "race": race,
+    "report": report,
     "resume-drill": resume_drill,
     "validate-config": validate_config,
 }
@@ -336,7 +354,7 @@ verbs that train nothing themselves:
     pi-floor            Show in a toy, or estimate for a run, what a student can learn from a teacher that is told more.
     race                Train several methods with several seeds and compare them.
     resume-drill        Interrupt and resume a configuration at every kind of moment, and compare to the bit.
-    report              Table and report of a run, finished or not.
+    report              Table and report of a run, finished or not, or of several side by side.
     audit-loss          Say which gradient a token loss of your own follows, and which known mistake it makes.
     zoo                 List and rebuild the bundled models.
 """

@@ -30,7 +30,7 @@ from opd_lightning.objectives import Extras, Objective
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold, run_seed
 from opd_lightning.sources import Source
-from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rendering, Rollout, TokenLaws
+from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rendering, Rollout, TokenLaws, Watch
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class OPDModule(pl.LightningModule):
         self.optimizer = optimizer or functools.partial(torch.optim.AdamW, lr=1e-4)
         self.scheduler, self.packed = scheduler, packed
         self.agreement_k = 0  # set by AgreementMonitor
+        self.watch: Watch | None = None  # set by TokenRecords for a micro-batch
         self.writer, self.sampler = "student", NativeSampler()  # of predict; set by `opd generate` and CompletionEval
         self.phases: list[Phase] = []
         self.clock = Clock()
@@ -276,7 +277,7 @@ class OPDModule(pl.LightningModule):
             values = None
             if self.critic is not None and objective.needs_critic:
                 values = self.critic(ours.hidden.detach().to(self.critic.weight.dtype)).squeeze(-1)
-            extras = Extras(third, values, self.progress, past=self.past.get(self._number(objective)))
+            extras = Extras(third, values, self.progress, past=self.past.get(self._number(objective)), watch=self.watch)
             with self.clock.phase("heads and loss"):
                 return objective(ours, theirs, rollout, agreement_k, extras)
 

@@ -21,11 +21,13 @@ from opd_lightning.callbacks import (
     GracefulStop,
     OPDCheckpoint,
     OPDProgressBar,
+    PositionMap,
     RNGState,
     RolloutRefresh,
     RunCard,
     TeacherUpdate,
     TimeTable,
+    TokenRecords,
     TrainMonitor,
     Watchdog,
 )
@@ -45,13 +47,17 @@ FIRST = (ColdStart, RolloutRefresh, CompletionEval)
 """Set up before all others, in this order: each sets what the next ones, and callbacks like EarlyStopping, read."""
 LAST = (Alarms, RunCard)
 """Called after all others, whose logged values they read."""
-CORE = (TeacherUpdate, RNGState, TimeTable, TrainMonitor, Alarms, RunCard, FiniteLoss, GracefulStop, Watchdog, OPDCheckpoint)
+CORE = (
+    *(TeacherUpdate, RNGState, TimeTable, TrainMonitor, PositionMap, TokenRecords),
+    *(Alarms, RunCard, FiniteLoss, GracefulStop, Watchdog, OPDCheckpoint),
+)
 
 
 class OPDTrainer(pl.Trainer):
-    """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitor, alarms, run card, checkpoints,
-    clean stop, NaN guard, watchdog, progress bar) and a CSV logger below ``default_root_dir`` are added; everything else is
-    Lightning's own. On a CPU the process keeps the memory that it frees (see `opd_lightning.memory`).
+    """Lightning's Trainer. Missing core callbacks (teacher updates, random states, monitors, token records, alarms, run card,
+    checkpoints, clean stop, NaN guard, watchdog, progress bar) and a CSV logger below ``default_root_dir`` are added;
+    everything else is Lightning's own. On a CPU the process keeps the memory that it frees (see
+    `opd_lightning.memory`).
 
     Args:
         float32_matmul: precision of float32 matrix products: ``highest``, ``high`` or ``medium``, as in

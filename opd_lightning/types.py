@@ -323,6 +323,23 @@ class TableLaws:
         return self.table[start:stop]
 
 
+TOP = "top/"
+"""Begins the names of measurements that are made at watched tokens alone."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Which tokens of a micro-batch are looked at more closely.
+
+    Attributes:
+        tokens: (n,) their places among the scored tokens, flattened row by row, ascending.
+        k: size of the top-k sets that are kept of both models.
+    """
+
+    tokens: Tensor
+    k: int
+
+
 @dataclass(frozen=True)
 class TokenStats:
     """Detached per-token measurements of one micro-batch, flattened over its N completion tokens.
@@ -330,10 +347,13 @@ class TokenStats:
     Attributes:
         position: (N,) index within the completion, from 0.
         values: one (N,) tensor a name, e.g. ``reverse_kl``, ``student_entropy``. Units are nats where nothing is said.
+        likeliest: of the n watched tokens (n, k): ``student_ids``, ``student_logprobs``, and the teacher's where it was asked,
+            likeliest first. Empty where nobody watches.
     """
 
     position: Tensor
     values: dict[str, Tensor]
+    likeliest: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ LAYERS = [
     {"inspect", "configfiles"},
     {"commands", "zoo"},
     {"cli"},
+    {"notebook"},
     {"__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -27,13 +27,18 @@ def code(kind: str) -> list[str]:
     return [text for k, text in BLOCKS if k == kind]
 
 
+def mine() -> list[str]:
+    """A divergence of one's own, and its proof."""
+    return [text for text in code("python") if "LeCam" in text]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with a finished (small) quickstart and the README's own module."""
     root = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        (root / "mine.py").write_text(code("python")[0])
+        (root / "mine.py").write_text(mine()[0])
         assert main(["fit", "-c", "quickstart.yaml", *SMALL, "--trainer.default_root_dir", str(root / "small")]) == 0
     return root
 
@@ -62,12 +67,18 @@ def test_command(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(folder))
-    define, prove = code("python")[:2]
+    define, prove = mine()
     scope: dict = {}
     exec(define, scope)  # the README's own text
     exec(prove, scope)
     world, objective = scope["world"], scope["objective"]
     assert (world.moments_of(objective).mean - world.declared_gradient(objective)).abs().max() < 1e-10
+
+
+def test_a_run_step_by_step(capsys: pytest.CaptureFixture[str]) -> None:
+    (text,) = (text for text in code("python") if "import steps" in text)
+    exec(text, {})
+    assert "step 1: 8 rollouts" in (shown := capsys.readouterr().out) and "step 2: 8 rollouts" in shown
 
 
 def test_every_class_of_the_axes_table_exists() -> None:

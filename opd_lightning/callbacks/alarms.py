@@ -140,7 +140,7 @@ class EntropyCollapse(Alarm):
 
 class MassDrain(Alarm):
     """A truncated divergence descends the student's own mass on its support. Seen as a negative loss where the loss is a sum of
-    divergences, or as student mass on the shared top-k (`AgreementMonitor`) that falls against the teacher's mass there.
+    divergences, or as student mass on its own top-k (`AgreementMonitor`) that falls against the teacher's on its own.
 
     At the optimum of the raw top-k reverse KL, p = q / e there, the loss is -m_T / e and the ratio 1 / e (arXiv 2605.11182).
 
@@ -161,12 +161,12 @@ class MassDrain(Alarm):
             return None
         if facts.exact and now["train/loss"] < self.loss:
             return f"a sum of divergences has become negative ({now['train/loss']:.3f} nats)"
-        ours, theirs = now.get("train/student_overlap_mass"), now.get("train/teacher_overlap_mass")
+        ours, theirs = now.get("train/student_top_mass"), now.get("train/teacher_top_mass")
         if ours is None or not theirs:
             return ""
         ratio = fmean([*self.last("ratio", ours / theirs, SETTLE - 1), ours / theirs])
         if ratio < self.share * min(1.0, self.best("best", ratio)):
-            return f"the student has {ours:.2f} of its mass on the shared top-k, the teacher {theirs:.2f}"
+            return f"the student has {ours:.2f} of its mass on its top-k, the teacher {theirs:.2f} on its own"
         return ""
 
 

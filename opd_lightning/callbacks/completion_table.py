@@ -16,7 +16,7 @@ from opd_lightning.types import ObjectiveOutput, Rollout
 
 class CompletionTable(pl.Callback):
     """Every some steps, a few rollouts as they were trained on: on the terminal, in ``<run>/samples.jsonl`` and, where the
-    logger takes text, in the logger.
+    logger takes text, in the logger. Token by token they are in `TokenRecords`.
 
     Args:
         every_n_steps: optimizer steps between two looks; the first step is always shown.
@@ -56,8 +56,6 @@ class CompletionTable(pl.Callback):
             "writer": "student" if int(batch.policy_step[b]) >= 0 else "other",
             "ended": bool(batch.ended[b]),
             "reverse_kl": float(divergence[tokens].mean()) if divergence is not None else None,
-            "tokens": module.vocabulary.tokenizer.convert_ids_to_tokens(batch.completion(b)),
-            "token_reverse_kl": [round(float(x), 4) for x in divergence[tokens]] if divergence is not None else None,
         }
 
     def _short(self, text: str) -> str:

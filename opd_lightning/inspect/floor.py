@@ -194,7 +194,7 @@ def _draw(file: Path, found: Sequence[Outcome]) -> None:
     """One panel a kind of information: every seed's curve, and its floor as a dashed line."""
     from matplotlib import pyplot as plt
 
-    from opd_lightning.inspect.page import STYLE  # and a backend that needs no display
+    from opd_lightning.inspect.figures import STYLE  # and a backend that needs no display
 
     with plt.rc_context({**STYLE, "font.size": 10}):
         figure, axes = plt.subplots(1, 2, figsize=(10.0, 3.8), sharey=True, layout="constrained")

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from opd_lightning import configfiles
 from opd_lightning.inspect import standings, subrun
-from opd_lightning.inspect.report import can_draw, curves
+from opd_lightning.inspect.report import can_draw
+from opd_lightning.inspect.runs import curves
 from opd_lightning.inspect.setups import Setup
 from opd_lightning.inspect.standings import DONE, FAILED, LABEL, OPEN, Result
 

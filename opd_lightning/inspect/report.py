@@ -5,20 +5,20 @@ So a run that was killed can be looked at (``opd report runs/mine``) and a repor
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from opd_lightning.callbacks import run_card
 from opd_lightning.configurable import Configurable
-from opd_lightning.inspect import subrun
+from opd_lightning.inspect import page, subrun
+from opd_lightning.inspect.page import COLUMNS, spread
+from opd_lightning.inspect.runs import Run, history, metrics, named
 
-Curves = dict[str, list[tuple[int, float]]]
 ROW_TITLES = {
     "before": "student before",
     "after": "student after",
@@ -26,7 +26,6 @@ ROW_TITLES = {
     "sft": "SFT control",
     "teacher": "teacher",
 }
-COLUMNS = {"accuracy": "accuracy", "reverse_kl": "reverse KL (nats/token)", "neutral_nll": "neutral text (nats/token)"}
 
 
 class Report(Configurable):
@@ -67,9 +66,7 @@ class Report(Configurable):
             run_card.save(run, card)
         (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print("\n" + table(summary))
-        page = write_page(run, summary, self.label, list(self.controls))
-        if page is not None:
-            print(f"\nreport   {page}")
+        print(f"\nreport   {write_page(run, summary, self.label, list(self.controls))}")
         print(f"summary  {run / 'summary.json'}")
 
     def _control(self, folder: Path, name: str, overlay: str, argv: list[str]) -> None:
@@ -86,18 +83,18 @@ class Report(Configurable):
 
     def summary(self, run: Path) -> dict[str, Any]:
         """Rows ``before``, one per control, this run's and ``teacher``, plus `fields`; empty without measurements."""
-        own = _history(run)
+        own = history(run)
         students = [r for r in own if r["who"] == "student"]
         if not students:
             return {}
-        rows: dict[str, Any] = {"before": _metrics(students[0])}
+        rows: dict[str, Any] = {"before": metrics(students[0])}
         for name in self.controls:
-            control = [r for r in _history(run / "controls" / name) if r["who"] == "student"]
+            control = [r for r in history(run / "controls" / name) if r["who"] == "student"]
             if control:
-                rows[name] = _metrics(control[-1])
-        rows[self.label] = _metrics(students[-1])
+                rows[name] = metrics(control[-1])
+        rows[self.label] = metrics(students[-1])
         if teachers := [r for r in own if r["who"] == "teacher"]:
-            rows["teacher"] = _metrics(teachers[-1])
+            rows["teacher"] = metrics(teachers[-1])
         for row in rows.values():
             if "neutral_nll" in row:
                 row["neutral_nll_drift"] = row["neutral_nll"] - rows["before"]["neutral_nll"]
@@ -124,15 +121,6 @@ def _without_checkpoint(argv: list[str]) -> list[str]:
     return out
 
 
-def _history(run: Path) -> list[dict[str, Any]]:
-    file = run / "eval" / "history.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-
-
-def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if k not in ("who",)}
-
-
 def is_row(value: Any) -> bool:
     """Whether an entry of a summary is a row of the table, not a field."""
     return isinstance(value, dict) and "completion_tokens" in value
@@ -145,13 +133,23 @@ def table(summary: dict[str, Any]) -> str:
                     accuracy  reverse KL (nats/token)
     student before    25.0 %                   1.5000
     """
+    return _aligned(*_cells(summary))
+
+
+def _cells(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table."""
     rows = {k: v for k, v in summary.items() if is_row(v)}
     keys = [k for k in COLUMNS if any(k in row for row in rows.values())]
     keys += sorted({k for row in rows.values() for k in row if k.startswith("pass@")})
-    lines = [["", *(COLUMNS.get(k, k) for k in keys)]]
-    for name, row in rows.items():
-        lines.append([ROW_TITLES.get(name, name), *(_shown(k, row.get(k)) for k in keys)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    head = ["", *(COLUMNS.get(k, k) for k in keys)]
+    return head, [
+        [ROW_TITLES.get(name, name), *(spread(k, [row[k]] if k in row else []) for k in keys)] for name, row in rows.items()
+    ]
+
+
+def _aligned(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     widths[0] = max(widths[0], 14)
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
@@ -159,45 +157,33 @@ def table(summary: dict[str, Any]) -> str:
     )
 
 
-def _shown(key: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.1f} %" if key == "accuracy" or key.startswith("pass@") else f"{value:.4f}"
-
-
-def curves(run: Path) -> Curves:
-    """Everything that was logged, key -> (step, value), joined over resumptions: a later log replaces what it repeats."""
-    found: dict[str, dict[int, float]] = defaultdict(dict)
-    versions = sorted((run / "logs").glob("version_*/metrics.csv"), key=lambda f: int(f.parent.name.split("_")[1]))
-    for file in versions:
-        with file.open(encoding="utf-8") as handle:
-            for row in csv.DictReader(handle):
-                for key, value in row.items():
-                    if value and key not in ("step", "epoch") and not key.startswith("eval/"):
-                        found[key][int(row["step"])] = float(value)
-    for row in _history(run):
-        if row["who"] == "student":
-            for key, value in _metrics(row).items():
-                if key != "step":
-                    found[f"eval/{key}"][row["step"]] = value
-    return {key: sorted(points.items()) for key, points in found.items()}
-
-
 def can_draw(what: str) -> bool:
-    """Whether matplotlib and jinja2 are there; says what is left out where they are not."""
-    missing = [m for m in ("matplotlib", "jinja2") if importlib.util.find_spec(m) is None]
-    if missing:
-        print(f"no {what}: {' and '.join(missing)} not installed (pip install 'opd_lightning[report]')")
-    return not missing
+    """Whether matplotlib is there; says what is left out where it is not."""
+    there = importlib.util.find_spec("matplotlib") is not None
+    if not there:
+        print(f"no {what}: matplotlib is not installed (pip install 'opd_lightning[report]')")
+    return there
 
 
-def write_page(run: Path, summary: dict[str, Any], label: str, controls: list[str]) -> Path | None:
-    """``report.html``, one file; None, with the reason, where matplotlib or jinja2 are missing."""
-    if not can_draw("report.html"):
-        return None
-    from opd_lightning.inspect import page
-
-    runs = {label: curves(run), **{name: curves(run / "controls" / name) for name in controls}}
+def write_page(run: Path, summary: dict[str, Any], label: str, controls: list[str]) -> Path:
+    """``report.html``: the run beside its controls."""
+    runs = [Run(label, run), *(Run(name, run / "controls" / name) for name in controls)]
+    runs = [one for one in runs if one.folder.is_dir()]
     target = run / "report.html"
-    target.write_text(page.render(run, summary, runs), encoding="utf-8")
+    target.write_text(page.render(run.name, runs, page.numbers(*_cells(summary))), encoding="utf-8")
     return target
+
+
+def compare(folders: list[Path], out: Path | None) -> None:
+    """Several runs on one page, and their results on the terminal. Runs that differ in their seeds alone are put together.
+
+    Args:
+        folders: of the runs.
+        out: the page; None puts ``comparison.html`` into the folder above all of them.
+    """
+    target = out or Path(os.path.commonpath([folder.resolve() for folder in folders])) / "comparison.html"
+    runs = named(folders)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page.render(f"{len(runs)} runs side by side", runs), encoding="utf-8")
+    print(_aligned(*page.results(runs)))
+    print(f"\nreport   {target}")

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_lightning.inspect.report import COLUMNS, ROW_TITLES, curves
+from opd_lightning.inspect.page import COLUMNS
+from opd_lightning.inspect.report import ROW_TITLES
+from opd_lightning.inspect.runs import curves
 
 LABEL = "after"
 """Row of ``summary.json`` with a run's trained student."""
@@ -181,7 +183,7 @@ def _draw(folder: Path, rows: list[Standing], compared: list[Standing]) -> None:
     """One panel a metric: a dot for every seed, mean and standard deviation behind them, the best method on top."""
     from matplotlib import pyplot as plt
 
-    from opd_lightning.inspect.page import STYLE  # and a backend that needs no display
+    from opd_lightning.inspect.figures import STYLE  # and a backend that needs no display
 
     rows = [row for row in rows if row.values]
     panels = [m for m in ("accuracy", "reverse_kl") if any(m in row.values for row in rows)]

@@ -9,11 +9,15 @@ from opd_lightning.metrics.agreement import (
     TopKMass,
     TopKOverlap,
 )
+from opd_lightning.metrics.by_position import ByPosition
 from opd_lightning.metrics.graders import Contains, ExactMatch, Grader, NumberMatch, RegexMatch
+from opd_lightning.metrics.signal import AscentShare, SuppressionLeak, TeacherReach
 from opd_lightning.metrics.text import DistinctNGrams, Leak, Repetition, told_elsewhere
 from opd_lightning.metrics.token_mean import PassAtK, TokenMean
 
 __all__ = [
+    "AscentShare",
+    "ByPosition",
     "DistinctNGrams",
     "EntropyGap",
     "Contains",
@@ -28,6 +32,8 @@ __all__ = [
     "PassAtK",
     "RegexMatch",
     "Repetition",
+    "SuppressionLeak",
+    "TeacherReach",
     "TokenMean",
     "TopKMass",
     "TopKOverlap",

@@ -34,7 +34,7 @@ class TopKMass(_OnTopK):
     """Student probability on the student's own k likeliest tokens: drained by a truncated reverse KL that is not closed."""
 
     def update(self, student: Tensor, teacher: Tensor) -> None:  # type: ignore[override]
-        super().update(student.topk(min(self.k, student.shape[-1]), -1).values.exp().sum(-1))
+        super().update(agreement(student, teacher, self.k).student_top_mass)
 
 
 class OverlapMass(_OnTopK):

@@ -16,6 +16,14 @@ METRICS: dict[str, str] = {
     "train/overlap": "Share of the student's top-k tokens that are in the teacher's top-k, 0 to 1. Rises in runs that succeed.",
     "train/student_overlap_mass": "Student probability on the shared top-k tokens, 0 to 1. Above 0.97 is healthy.",
     "train/teacher_overlap_mass": "Teacher probability on the shared top-k tokens, 0 to 1.",
+    "train/student_top_mass": "Student probability on the student's own top-k tokens, 0 to 1. A fall against "
+    "train/teacher_top_mass is a drain: probability leaks out of a truncated support.",
+    "train/teacher_top_mass": "Teacher probability on the teacher's own top-k tokens, 0 to 1.",
+    "train/student_reach": "Student probability of the tokens that the teacher likes more, 0 to 1. Low beside "
+    "train/teacher_reach: the teacher asks for what the student cannot draw. Their difference is the total variation.",
+    "train/teacher_reach": "Teacher probability of the tokens that the teacher likes more, 0 to 1.",
+    "train/leak": "Of the probability that a plain policy gradient takes from suppressed drawn tokens, the share that goes to "
+    "tokens that the teacher rejects too, 0 to 1. High: a route has something to do.",
     "train/overlap_advantage": "Mean advantage of the shared top-k tokens, nats, never positive. Rises towards 0.",
     "train/neg_frac": "Share of drawn tokens that the teacher finds less likely than the student does, 0 to 1.",
     "train/suppressed": "Mean of max(log p - log q, 0) over drawn tokens (p student, q teacher), nats: what is pushed down.",

@@ -47,6 +47,14 @@ class Vocabulary:
         """Text without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def piece(self, token: int) -> str:
+        """One token as it stands in a text, blanks included; its own name where it is no text by itself."""
+        name = str(self.tokenizer.convert_ids_to_tokens(token))
+        text = str(self.tokenizer.decode([token]))
+        if not text or "\ufffd" in text:  # bytes of a longer character
+            return name
+        return f" {text}" if name.startswith("▁") and not text.startswith(" ") else text
+
 
 def extra_eos(config: Any) -> tuple[int, ...]:
     """End-of-sequence ids that a model configuration names beside the tokenizer's."""

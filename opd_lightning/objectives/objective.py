@@ -25,7 +25,7 @@ from opd_lightning.objectives.supports import FullVocab, Support
 from opd_lightning.objectives.targets import Target, TeacherLaw
 from opd_lightning.objectives.validate import DeclaredTarget, declare, refuse_if_degenerate
 from opd_lightning.ops.masks import unflatten_completions
-from opd_lightning.types import ObjectiveOutput, Rollout, TokenLaws, TokenStats
+from opd_lightning.types import TOP, ObjectiveOutput, Rollout, TokenLaws, TokenStats
 
 LARGEST_COST = 1e4
 """What a critic is asked to predict at most, in nats: its squared error must stay finite in float32."""
@@ -37,11 +37,13 @@ class TokenLosses(NamedTuple):
     Attributes:
         loss: (B, T) before reduction.
         critic: (B, T) squared error of the critic; None without one.
+        advantage: (B, T) of the drawn token, detached; None where it does not enter.
         advantages: (1, 2) their sum and number before the baseline, detached; None where no baseline remembers them.
     """
 
     loss: Tensor
     critic: Tensor | None
+    advantage: Tensor | None
     advantages: Tensor | None
 
 
@@ -272,7 +274,9 @@ class Objective(Configurable):
         sampler = rollout.sampler_logprobs[rollout.mask]
         drawn = parts.logprob.detach()
         ratio = (drawn - sampler).exp()
-        stats = {**stats, "ratio": ratio, "ratio_deviation": (ratio - 1.0).abs()}
+        likeliest = {k.removeprefix(TOP): v for k, v in stats.items() if k.startswith(TOP)}
+        stats = {k: v for k, v in stats.items() if not k.startswith(TOP)}
+        stats |= {"logprob": drawn, "ratio": ratio, "ratio_deviation": (ratio - 1.0).abs()}
         sampler = sampler.where(~sampler.isnan(), drawn.to(sampler.dtype))  # rows that do not count
         counts = self.counted(rollout, rows)
         with exactly(sampler):
@@ -281,9 +285,11 @@ class Objective(Configurable):
         if found.critic is not None:
             stats["critic_loss"] = found.critic.detach()[rollout.mask]
             total = total + found.critic.where(counts, 0.0)
+        if found.advantage is not None:
+            stats["advantage"] = found.advantage[rollout.mask]
         position = (rollout.mask.cumsum(-1) - 1)[rollout.mask]
         loss = (total * self._weights(rollout, rows, total.dtype)).sum()
-        return ObjectiveOutput(loss, token_loss.detach(), TokenStats(position, stats), found.advantages)
+        return ObjectiveOutput(loss, token_loss.detach(), TokenStats(position, stats, likeliest), found.advantages)
 
     def _token_losses(
         self,
@@ -341,4 +347,4 @@ class Objective(Configurable):
             assert isinstance(self.credit, GAE)
             goal = -self.credit.future_cost(spread(found["state_cost"]), mask).clamp(max=LARGEST_COST)
             error = 0.5 * (spread(critic.to(loss.dtype)) - goal).square()
-        return TokenLosses(loss, error, advantages)
+        return TokenLosses(loss, error, advantage if self.needs_sampler else None, advantages)

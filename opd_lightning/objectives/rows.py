@@ -23,7 +23,8 @@ from opd_lightning.ops.agreement import agreement
 from opd_lightning.ops.estimators import k1, k3
 from opd_lightning.ops.fused import Scored, score_rows
 from opd_lightning.ops.heads import Head
-from opd_lightning.types import TokenLaws
+from opd_lightning.ops.reach import reach
+from opd_lightning.types import TOP, TokenLaws, Watch
 
 
 @runtime_checkable
@@ -58,6 +59,7 @@ class Extras:
         ahead: (N, V) expected cost of what follows every token of the vocabulary, for look-ahead routes.
         top_ids: (N, K) the student's likeliest tokens when the text was written, for supports that stand on them.
         past: (terms, 2) what `Objective.remember` has kept of earlier steps, for baselines that look back.
+        watch: tokens whose likeliest continuations are kept.
     """
 
     reference: TokenLaws | None = None
@@ -66,6 +68,7 @@ class Extras:
     ahead: Tensor | None = None
     past: Tensor | None = None
     top_ids: Tensor | None = None
+    watch: Watch | None = None
 
 
 class Parts(NamedTuple):
@@ -139,8 +142,9 @@ class ObjectiveRows:
     ) -> None:
         self.objectives, self.teacher, self.reference = objectives, teacher, extras.reference
         self.progress, self.tokens, self.agreement_k = extras.progress, tokens, agreement_k
-        self.ahead, self.top_ids = extras.ahead, extras.top_ids
+        self.ahead, self.top_ids, self.watch = extras.ahead, extras.top_ids, extras.watch
         self.matched: Tensor | None = getattr(teacher, "matched", None)  # of a teacher with another vocabulary
+        self.seen: dict[int, dict[str, Tensor]] = {}  # of watched tokens, by the block's start
         self.names = [(i, name) for i, o in enumerate(objectives) for name in _differentiated(o)]
         self.measuring = next((i for i, o in enumerate(objectives) if o.needs_teacher), 0)
 
@@ -193,6 +197,7 @@ class ObjectiveRows:
             measured[i, "logprob"] = parts.logprob.detach()
             measured |= {(i, "_" + key): value for key, value in parts.detached.items()}
             measured.update(stats)
+        self._watch(logits, others, start)
         return Scored([outputs[key] for key in self.names], measured)
 
     def collect(self, outputs: Sequence[Tensor], measured: dict[Hashable, Tensor]) -> tuple[list[Parts], dict[str, Tensor]]:
@@ -203,7 +208,9 @@ class ObjectiveRows:
             detached = {k[1][1:]: v for k, v in measured.items() if isinstance(k, tuple) and k[0] == i and k[1] != "logprob"}
             logprob = found.get((i, "logprob"), measured[i, "logprob"])
             parts.append(Parts(found.get((i, "direct")), logprob, found.get((i, "routed")), detached))
-        return parts, {k: v for k, v in measured.items() if isinstance(k, str)}
+        blocks = [self.seen[start] for start in sorted(self.seen)]
+        watched = {name: torch.cat([block[name] for block in blocks]) for name in (blocks[0] if blocks else ())}
+        return parts, {k: v for k, v in measured.items() if isinstance(k, str)} | watched
 
     def _others(self, others: Sequence[Tensor], objective: Axes) -> tuple[Tensor | None, Tensor | None]:
         theirs = others[0] if self.teacher is not None and objective.needs_teacher else None
@@ -248,7 +255,24 @@ class ObjectiveRows:
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
         measured |= {(0, "_" + key): value for key, value in signals.items()}
         measured.update(stats)
+        self._watch(logits, others, start)
         return Scored([value], measured, gradient)
+
+    @torch.no_grad()
+    def _watch(self, logits: Tensor, others: Sequence[Tensor], start: int) -> None:
+        """Keep both models' likeliest tokens at those of these tokens that are watched."""
+        if self.watch is None:
+            return
+        objective = self.objectives[self.measuring]
+        at, k = self.watch.tokens.to(logits.device) - start, min(self.watch.k, logits.shape[-1])
+        at = at[(at >= 0) & (at < len(logits))]
+        laws = {"student": logits, "teacher": self._others(others, objective)[0]}
+        found: dict[str, Tensor] = {}
+        for who, law in laws.items():
+            if law is not None:
+                top = lp.log_softmax(law[at].detach(), objective.temperature).topk(k, -1)
+                found |= {f"{TOP}{who}_ids": top.indices, f"{TOP}{who}_logprobs": top.values}
+        self.seen[start] = found  # once for each block, however often it is computed
 
 
 def _differentiated(objective: Axes) -> list[str]:
@@ -303,7 +327,7 @@ def score(
             ours, theirs, shares = objective.support.common(student, teacher, matched)
             stats = statistics(ours, theirs, ours.exp(), theirs.exp(), tokens, agreement_k if measuring else 0)
             if shares:  # the drawn token need not be one of both vocabularies
-                stats = {key: value for key, value in stats.items() if key not in ("k1", "k3")} | shares
+                stats = {key: value for key, value in stats.items() if key not in ("k1", "k3", "leak")} | shares
         if objective.gates:
             detached |= {k: stats[k] for k in ("student_entropy", "teacher_entropy", "reverse_kl")}
     return Parts(scores.direct, logprob, routed.log_destination if routed is not None else None, detached), (
@@ -366,10 +390,9 @@ def statistics(
     }
     if agreement_k > 0:
         found = agreement(student, teacher, agreement_k)
-        out |= {
-            "overlap": found.overlap,
-            "student_overlap_mass": found.student_mass,
-            "teacher_overlap_mass": found.teacher_mass,
-            "overlap_advantage": found.advantage,
-        }
+        out |= {"overlap": found.overlap, "overlap_advantage": found.advantage}
+        out |= {"student_overlap_mass": found.student_mass, "teacher_overlap_mass": found.teacher_mass}
+        out |= {"student_top_mass": found.student_top_mass, "teacher_top_mass": found.teacher_top_mass}
+        wanted = reach(student, teacher, student_probs, teacher_probs, tokens)
+        out |= {"student_reach": wanted.student, "teacher_reach": wanted.teacher, "leak": wanted.leak}
     return out

@@ -15,7 +15,7 @@ from opd_lightning.ops.logprobs import membership
 
 
 class Agreement(NamedTuple):
-    """Per-token agreement on the overlap ``I`` of the two top-k sets; all of shape (N,)."""
+    """Per-token agreement of the two top-k sets, whose overlap is ``I``; all of shape (N,)."""
 
     overlap: Float[Tensor, " N"]
     """``|I| / k``, in [0, 1]."""
@@ -26,6 +26,10 @@ class Agreement(NamedTuple):
     advantage: Float[Tensor, " N"]
     """Mean over ``I`` of ``p (log q - log p)``, both renormalised on ``I``: never positive, 0 when they agree. 0 where
     ``I`` is empty (the overlap of 0 says so)."""
+    student_top_mass: Float[Tensor, " N"]
+    """Student probability on the student's own top-k: drained by a truncated divergence that is not closed."""
+    teacher_top_mass: Float[Tensor, " N"]
+    """Teacher probability on the teacher's own top-k."""
 
 
 def agreement(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], k: int) -> Agreement:
@@ -42,8 +46,9 @@ def agreement(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], k: i
     """
     vocab = student.shape[-1]
     k = min(k, vocab)
-    ids = student.topk(k, -1).indices
-    shared = membership(ids, teacher.topk(k, -1).indices, vocab)
+    ours, theirs = student.topk(k, -1), teacher.topk(k, -1)
+    ids = ours.indices
+    shared = membership(ids, theirs.indices, vocab)
     size = shared.sum(-1)
     floor = torch.finfo(student.dtype).min
     s = student.gather(-1, ids).masked_fill(~shared, floor)
@@ -56,4 +61,6 @@ def agreement(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], k: i
         student_mass=s.exp().sum(-1),
         teacher_mass=t.exp().sum(-1),
         advantage=terms.sum(-1) / size.clamp(min=1),
+        student_top_mass=ours.values.exp().sum(-1),
+        teacher_top_mass=theirs.values.exp().sum(-1),
     )

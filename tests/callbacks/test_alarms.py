@@ -151,11 +151,14 @@ FAULTS: dict[str, Callable[[Path, Pair], Any]] = {
 def test_it_rings_in_a_run_that_has_the_fault(kind: str, pair: Pair, tmp_path: Path) -> None:
     name = getattr(alarms, kind)().name
     with pytest.warns(UserWarning, match=rf"alarm {name} at step \d+: .*Next: "):
-        found, _ = FAULTS[kind](tmp_path, pair)
+        found, history = FAULTS[kind](tmp_path, pair)
     rang = [event for event in found.fired if event["alarm"] == name]
     assert rang and rang[0]["advice"] == getattr(alarms, kind).advice
     assert json.loads((tmp_path / "alarms.json").read_text()) == found.fired
     assert define(f"alarm/{name}")
+    if kind == "MassDrain":  # its other symptom: the mass itself, whatever the loss says
+        by_mass, facts = alarms.MassDrain(loss=-99.0), Facts(exact=True, teacher_moves=False)
+        assert any("of its mass on its top-k" in by_mass.watch(row, facts) for row in history.rows)
 
 
 HEALTHY: dict[str, Callable[[Path, Pair], tuple[Alarms, History]]] = {

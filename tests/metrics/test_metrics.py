@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opd_lightning.metrics import (
+    AscentShare,
     Contains,
     DistinctNGrams,
     EntropyGap,
@@ -19,6 +20,8 @@ from opd_lightning.metrics import (
     PassAtK,
     RegexMatch,
     Repetition,
+    SuppressionLeak,
+    TeacherReach,
     TokenMean,
     TopKMass,
     TopKOverlap,
@@ -136,3 +139,36 @@ def test_a_leak_is_what_only_the_teacher_was_shown_against_what_it_was_shown_els
     assert short.compute().isnan()
     with pytest.raises(ValueError, match="n must be"):
         Leak(4)
+
+
+def test_signal_metrics_follow_their_definitions() -> None:
+    """Token by token in float64, with the gradient of the reverse KL from autograd."""
+    draw = torch.Generator().manual_seed(3)
+    z, w = torch.randn(2, 64, 6, generator=draw, dtype=torch.float64)
+    student, teacher = z.log_softmax(-1), w.log_softmax(-1)
+    tokens = torch.multinomial(student.exp(), 1, generator=draw).squeeze(-1)
+    ours, theirs, leaks, ascents = [], [], [], []
+    for n in range(len(z)):
+        p, q, a = student[n].exp(), teacher[n].exp(), int(tokens[n])
+        ours.append(sum(float(p[v]) for v in range(6) if q[v] > p[v]))
+        theirs.append(sum(float(q[v]) for v in range(6) if q[v] > p[v]))
+        if q[a] < p[a]:
+            leaks.append(sum(float(p[v]) for v in range(6) if v != a and q[v] < p[v]) / float(1 - p[a]))
+        logits = z[n].clone().requires_grad_()
+        law = logits.log_softmax(-1)
+        (slope,) = torch.autograd.grad((law.exp() * (law - teacher[n])).sum(), logits)
+        step = float(teacher[n, a] - student[n, a]) * (torch.eye(6, dtype=torch.float64)[a] - p)
+        ascents.append(float(slope @ step > 0))
+    cases = [
+        (TeacherReach("student"), (student, teacher), ours),
+        (TeacherReach("teacher"), (student, teacher), theirs),
+        (SuppressionLeak(), (student, teacher, tokens), leaks),
+        (AscentShare(), (student, teacher, tokens), ascents),
+    ]
+    for metric, laws, expected in cases:
+        for rows in torch.arange(64).split(20):
+            metric.update(*(x[rows] for x in laws))
+        assert metric.compute().item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert 0.05 < sum(ascents) / 64 < 0.4 and 10 < len(leaks) < 64
+    with pytest.raises(ValueError, match="who='both'"):
+        TeacherReach("both")

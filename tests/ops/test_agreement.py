@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from opd_lightning.ops.agreement import agreement
@@ -23,7 +24,8 @@ def test_empty_overlap_is_zero_not_nan() -> None:
     student = torch.tensor([[0.9, 0.05, 0.03, 0.02]]).log()
     teacher = torch.tensor([[0.02, 0.03, 0.05, 0.9]]).log()
     found = agreement(student, teacher, k=1)
-    assert [float(x) for x in found] == [0.0, 0.0, 0.0, 0.0]
+    assert [float(x) for x in found[:4]] == [0.0, 0.0, 0.0, 0.0]
+    assert float(found.student_top_mass) == float(found.teacher_top_mass) == pytest.approx(0.9)
 
 
 def test_k_beyond_the_vocabulary_is_the_vocabulary() -> None:

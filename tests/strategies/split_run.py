@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from opd_lightning import parallel
-from opd_lightning.callbacks import RolloutRefresh
+from opd_lightning.callbacks import AgreementMonitor, RolloutRefresh
 from opd_lightning.callbacks.step_monitor import logged_at_step
 from opd_lightning.data import Addition, TaskPrompts
 from opd_lightning.models import FrozenTeacher, Student
@@ -91,7 +91,14 @@ def run(
     keep = Keep()
     rollout = RolloutRefresh(sampler=NativeSampler(max_new_tokens=12), rollouts_per_prompt=2, seed=5)
     strategy = "ddp" if devices > 1 else "auto"
-    trainer = tiny_trainer(root, [rollout, keep], max_steps=2, devices=devices, strategy=strategy, enable_checkpointing=False)
+    trainer = tiny_trainer(
+        root,
+        [AgreementMonitor(k=4), rollout, keep],
+        max_steps=2,
+        devices=devices,
+        strategy=strategy,
+        enable_checkpointing=False,
+    )
     prompts = TaskPrompts(OddDigits(digits=digits), size=40, seed=3)
     trainer.fit(module, tiny_data(prompts=prompts, held_out=0, micro_batch_size=micro))
     return keep

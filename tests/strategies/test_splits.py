@@ -59,6 +59,7 @@ def test_two_ranks(pair: tuple[Path, Path], tmp_path: Path) -> None:
         assert found["loss"] == pytest.approx(whole.loss, abs=1e-10)
         assert found["logged"] == pytest.approx(whole.logged, abs=1e-6)
         assert {"rollout/distinct", "rollout/repetition", "train/neg_frac", "train/effective_sample"} < found["logged"].keys()
+        assert {"train/leak", "train/teacher_reach", "train/student_top_mass"} < found["logged"].keys()
         close(found["gradient"], whole.gradient)
 
 

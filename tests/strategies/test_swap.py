@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_lightning.callbacks.series import read
 from tests.strategies.swap_run import run
 from tests.strategies.test_splits import two_processes
 
@@ -31,6 +32,21 @@ def assert_same_steps(found: dict, expected: dict, first: int) -> None:
     assert all(expected["rollouts"][row] == ids for row, ids in found["rollouts"].items())
 
 
+def assert_same_series(found: Path, expected: Path) -> None:
+    """The map of positions is the mean over all ranks; one process alone writes token records, of rollouts of its own."""
+    maps = [read(folder / "positions.jsonl") for folder in (found, expected)]
+    assert [line["step"] for line in maps[0]] == [1, 2, 3, 4, 5]
+    for ours, theirs in zip(*maps, strict=True):
+        assert ours["count"] == theirs["count"]
+        for name in ("student_entropy", "teacher_entropy", "reverse_kl"):
+            assert [x for x in ours[name] if x is not None] == pytest.approx(
+                [x for x in theirs[name] if x is not None], rel=2e-3
+            )
+    lines = [read(folder / "tokens.jsonl") for folder in (found, expected)]
+    rows = [[(line["step"], line["row"]) for line in some] for some in lines]
+    assert len(set(rows[0])) == len(rows[0]) == len(rows[1]) == 15
+
+
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_same_run_under_every_strategy_and_across_them(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     alone = run(tmp_path / "one", pair, "auto", devices=1, micro=4, lora=kind == "lora")
@@ -43,6 +59,8 @@ def test_same_run_under_every_strategy_and_across_them(kind: str, pair: tuple[Pa
         found = torch.load(tmp_path / f"{case.partition(':')[0]}.pt", weights_only=True)
         assert_same(found, alone)
         assert_same_steps(found, alone, first=0 if case in straight else 3)
+    for origin in SHARED:
+        assert_same_series(tmp_path / origin, tmp_path / "one")
     for origin in SHARED:
         back = run(tmp_path / "back", pair, "auto", 1, 4, lora=kind == "lora", resume=str(tmp_path / origin / STEP_3))
         assert_same(back, alone)

@@ -1,0 +1,55 @@
+"""What a teacher rejects and what it asks for, seen from the student's law: with r = log q - log p, p student, q teacher."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd_lightning.ops.logprobs import gather
+
+
+class Reach(NamedTuple):
+    """Per token, all of shape (N,); derived in arXiv 2606.22793's terms of signal and routing."""
+
+    student: Float[Tensor, " N"]
+    """Student probability of what the teacher likes more (r > 0). Low beside the teacher's: it asks for what the student cannot
+    draw. The total variation of the two laws is their difference."""
+    teacher: Float[Tensor, " N"]
+    """Teacher probability of the same."""
+    leak: Float[Tensor, " N"]
+    """``sum_{v != a, r_v < 0} p_v / (1 - p_a)``: of the probability that a plain policy gradient takes from a suppressed drawn
+    token, the share that goes to tokens that the teacher rejects too. 0 where the drawn token is not suppressed."""
+
+
+def reach(
+    student: Float[Tensor, "N V"],
+    teacher: Float[Tensor, "N V"],
+    student_probs: Float[Tensor, "N V"],
+    teacher_probs: Float[Tensor, "N V"],
+    tokens: Int[Tensor, " N"],
+) -> Reach:
+    """Both reaches, and the leak at drawn tokens.
+
+    Args:
+        student: log-probabilities.
+        teacher: log-probabilities.
+        student_probs: their exponentials.
+        teacher_probs: their exponentials.
+        tokens: those that were drawn.
+
+    >>> p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.2, 0.6]])
+    >>> found = reach(p.log(), q.log(), p, q, torch.tensor([0]))
+    >>> [round(x.item(), 3) for x in found]
+    [0.2, 0.6, 0.6]
+    """
+    wanted = teacher > student
+    zero = student_probs.new_zeros(())
+    ours = student_probs.where(wanted, zero).sum(-1)
+    rejected = student_probs.where(teacher < student, zero).sum(-1)
+    drawn = gather(student_probs, tokens)
+    leak = (rejected - drawn).clamp(min=0.0) / (1.0 - drawn).clamp(min=torch.finfo(drawn.dtype).eps)
+    suppressed = gather(teacher, tokens) < gather(student, tokens)
+    return Reach(ours, teacher_probs.where(wanted, zero).sum(-1), leak.clamp(max=1.0).where(suppressed, zero))
