@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from opd_lightning import parallel
 from opd_lightning.callbacks.pairing import declared_with, refuse_unfit_teacher, remarks
-from opd_lightning.callbacks.step_monitor import Logging, at_step_end
+from opd_lightning.callbacks.step_monitor import Logging, at_step_end, log_numbers
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.data.buffer import Plan, RolloutBuffer
 from opd_lightning.data.datamodule import PromptDataModule
@@ -309,7 +309,7 @@ class RolloutRefresh(Logging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Rollout, batch_idx: int
     ) -> None:
         if self.measured and at_step_end(trainer):
-            pl_module.log_dict(self.measured, batch_size=1)
+            log_numbers(pl_module, self.measured)
             self.logged = {key: float(value) for key, value in self.measured.items()}
 
     # ---- the probe of ByDifficulty -----------------------------------------------------------------------------------------

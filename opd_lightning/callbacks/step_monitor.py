@@ -50,6 +50,24 @@ def logged_at_step(trainer: pl.Trainer) -> dict[str, float]:
     return {key: value for c in callbacks if isinstance(c, Logging) for key, value in c.logged.items()}
 
 
+def log_numbers(pl_module: pl.LightningModule, values: Mapping[str, float | Tensor]) -> None:
+    """What ``pl_module.log_dict(values, batch_size=1)`` does, for values that are logged at every step.
+
+    Lightning moves a value's record to its device, copying it field by field, each time the value is logged: 0.15 ms a value,
+    of which a step has dozens. From the second time on only the record's value is set here.
+    """
+    results, fresh = pl_module.trainer._results, {}
+    for name, value in values.items():
+        key = f"{pl_module._current_fx_name}.{name}"
+        if results is not None and key in results:
+            number = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+            results.update_metrics(key, number.to(pl_module.device), 1)
+        else:
+            fresh[name] = value
+    if fresh:
+        pl_module.log_dict(fresh, batch_size=1)
+
+
 class StepMonitor(Logging):
     """Collects per-token values over the micro-batches and ranks of an optimizer step, then logs their means once.
 
@@ -85,7 +103,7 @@ class StepMonitor(Logging):
         means = {key: totals[2 * i] / totals[2 * i + 1] for i, key in enumerate(keys) if totals[2 * i + 1]}
         found = self.derive(means)
         self.logged = found
-        pl_module.log_dict(found, batch_size=1)
+        log_numbers(pl_module, found)
         self.on_step(trainer, pl_module, found)
 
 
@@ -165,4 +183,4 @@ class TrainMonitor(StepMonitor):
         }
         self._clock = now
         self.logged = {**self.logged, **found}
-        pl_module.log_dict(found | phases, batch_size=1)
+        log_numbers(pl_module, found | phases)
