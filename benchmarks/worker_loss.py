@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd_lightning.memory import keep_freed  # needs nothing but the standard library
 from protocol import answer, orders, rss, versions
 
 
@@ -180,7 +181,8 @@ def _settled() -> int:
 
 
 def main() -> None:
-    """Obey until the pipe is closed."""
+    """Obey until the pipe is closed. All variants keep what they free, as every `opd fit` on a CPU does."""
+    keep_freed()
     losses = {name: VARIANTS[name]() for name in sys.argv[1:]}
     answer(versions=versions("torch", "trl", "liger-kernel"))
     size: dict[str, Any] = {}
