@@ -293,6 +293,13 @@ def pi_floor(words: list[str], read: Reader) -> int:
     return 0
 
 
+def reproduce(words: list[str], read: Reader) -> int:
+    """``opd reproduce``."""
+    from opd_lightning.inspect.reproduce.command import main
+
+    return main(words)
+
+
 DRILL = """Runs a few steps of a configuration, then interrupts copies of it at every kind of moment, resumes each and compares
 it with the first bit for bit: rollouts, losses, logged metrics, weights, optimizer.
 
@@ -338,6 +345,7 @@ OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "pi-floor": pi_floor,
     "race": race,
     "report": report,
+    "reproduce": reproduce,
     "resume-drill": resume_drill,
     "validate-config": validate_config,
 }
@@ -353,6 +361,7 @@ verbs that train nothing themselves:
     diff                Compare two configurations in terms of what they train.
     pi-floor            Show in a toy, or estimate for a run, what a student can learn from a teacher that is told more.
     race                Train several methods with several seeds and compare them.
+    reproduce           Test claims of the literature at a small scale, with criteria and seeds.
     resume-drill        Interrupt and resume a configuration at every kind of moment, and compare to the bit.
     report              Table and report of a run, finished or not, or of several side by side.
     audit-loss          Say which gradient a token loss of your own follows, and which known mistake it makes.

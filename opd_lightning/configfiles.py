@@ -21,10 +21,15 @@ def shipped_folder() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
+def recipes_folder() -> Path:
+    """The folder of the recipes of ``opd reproduce``, which are not configurations of a run."""
+    return shipped_folder() / "reproduce"
+
+
 def shipped() -> dict[str, Path]:
     """Short name -> file of every shipped configuration."""
     folder = shipped_folder()
-    return {str(f.relative_to(folder)): f for f in sorted(folder.rglob("*.yaml"))}
+    return {str(f.relative_to(folder)): f for f in sorted(folder.rglob("*.yaml")) if f.parent != recipes_folder()}
 
 
 def find(name: str, beside: Path | None = None) -> Path:

@@ -12,8 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -211,7 +210,7 @@ def run(settings: Settings, read: Read) -> bool:
     todo = [r for r in runs if not r.finished]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
-    with _leaving_on_signals(), _bar(runs, todo) as bar:
+    with subrun.leaving_on_signals(), _bar(runs, todo) as bar:
         for number, one in enumerate(todo, len(runs) - len(todo) + 1):
             bar.set_description_str(f"run {number}/{len(runs)} {one.method} seed {one.seed}")
             errors[one.method, one.seed] = _train(one, bar)
@@ -290,19 +289,3 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-
-
-@contextmanager
-def _leaving_on_signals() -> Iterator[None]:
-    """Ctrl-C leaves with 130 and SIGTERM with 143, through every ``finally`` on the way."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    wanted = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, leave) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -157,6 +157,7 @@ def load_model(path: str, dtype: str = "float32") -> nn.Module:
 
 def blank_generation(model: Any) -> nn.Module:
     """Keep only the special tokens of the generation settings."""
+    hf_logging.disable_progress_bar()  # also of saving: runs show their own
     old = model.generation_config
     model.generation_config = GenerationConfig(
         eos_token_id=old.eos_token_id, pad_token_id=old.pad_token_id, bos_token_id=old.bos_token_id
