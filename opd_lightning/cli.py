@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 # Short class names resolve among imported classes, so everything that YAML may name is imported here.
 from opd_lightning import callbacks, configfiles, data, metrics, models, objectives, samplers, schedulers, sources  # noqa: F401
 from opd_lightning.callbacks import Alarms, ColdStart, CompletionEval, GracefulStop, RolloutRefresh
+from opd_lightning.callbacks.asking import TeacherAway
 from opd_lightning.callbacks.recovery import last_checkpoint
 from opd_lightning.configurable import Configurable
 from opd_lightning.data.datamodule import PromptDataModule
@@ -263,7 +264,9 @@ def _built(cls: type[CLI], argv: list[str]) -> CLI:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``opd``. Exit code 0 done, 1 failed while running, 2 refused before, 143 stopped by a signal."""
+    """Entry point of ``opd``. Exit code 0 done, 1 failed while running, 2 refused before, 75 stopped for want of a teacher
+    server (resume it), 143 stopped by a signal.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     from opd_lightning import commands
 
@@ -276,6 +279,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv in (["-h"], ["--help"]):
             print(commands.OVERVIEW)
         raise
+    except TeacherAway as away:
+        print(f"opd: {away}", file=sys.stderr)
+        return away.code
     except (ValueError, OSError, ImportError, TypeError, KeyError, yaml.YAMLError) as error:
         if CarriedConfig.started or os.environ.get("OPD_TRACEBACK"):
             raise

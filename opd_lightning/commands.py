@@ -334,6 +334,13 @@ def resume_drill(words: list[str], read: Reader) -> int:
     return 0 if all(not o.differs for o in outcomes) else 1
 
 
+def serve_teacher(words: list[str], read: Reader) -> int:
+    """``opd serve-teacher``."""
+    from opd_lightning.models import serving
+
+    return serving.main(words)
+
+
 COMMANDS: dict[str, Any] = {"zoo": {"build": build, "list": show}}
 """Verbs whose arguments are read from the signature."""
 OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
@@ -347,6 +354,7 @@ OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "report": report,
     "reproduce": reproduce,
     "resume-drill": resume_drill,
+    "serve-teacher": serve_teacher,
     "validate-config": validate_config,
 }
 """Verbs that read their own words and return the exit code."""
@@ -364,6 +372,7 @@ verbs that train nothing themselves:
     reproduce           Test claims of the literature at a small scale, with criteria and seeds.
     resume-drill        Interrupt and resume a configuration at every kind of moment, and compare to the bit.
     report              Table and report of a run, finished or not, or of several side by side.
+    serve-teacher       Serve a model's likeliest tokens over HTTP, for runs that name a ServerTeacher.
     audit-loss          Say which gradient a token loss of your own follows, and which known mistake it makes.
     zoo                 List and rebuild the bundled models.
 """

@@ -143,6 +143,7 @@ class OPDModule(pl.LightningModule):
                 notes += special_differences(self.vocabulary, Vocabulary.of(theirs, extra_eos(model.config())), name)
                 for note in filter(None, notes):
                     rank_zero_warn(f"{note} (model.{name}; `opd inspect-pair` shows what both read)")
+            model.meet(self.vocabulary)
             if (their_rows := model.rows()) is not None:
                 rows[name] = their_rows
         rank_zero_info(prove_rows(self.vocabulary, rows))
@@ -277,7 +278,8 @@ class OPDModule(pl.LightningModule):
             values = None
             if self.critic is not None and objective.needs_critic:
                 values = self.critic(ours.hidden.detach().to(self.critic.weight.dtype)).squeeze(-1)
-            extras = Extras(third, values, self.progress, past=self.past.get(self._number(objective)), watch=self.watch)
+            past = self.past.get(self._number(objective))
+            extras = Extras(third, values, self.progress, past=past, known=self.teacher.known, watch=self.watch)
             with self.clock.phase("heads and loss"):
                 return objective(ours, theirs, rollout, agreement_k, extras)
 

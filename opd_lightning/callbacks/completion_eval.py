@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from opd_lightning import parallel
+from opd_lightning.callbacks.asking import ask_ahead
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.metrics import Grader, PassAtK, TokenMean
 from opd_lightning.models.distributions import evaluating
@@ -137,7 +138,7 @@ class CompletionEval(pl.Callback):
             written = getattr(writers, who)(prompts)
             if who == "student" and pl_module.teacher.answers:
                 told = data.inform(prompts, written, self.samples_per_prompt)
-                self._divergence(pl_module, told, written, data.micro_batch_size or 64, divergence)
+                self._divergence(trainer, told, written, data.micro_batch_size or 64, divergence)
             nll = self._neutral_nll(pl_module) if who == "student" and self.neutral_text else None
         groups: dict[int, list[float]] = {}
         for prompt, completion in zip(prompts, written, strict=True):
@@ -156,9 +157,10 @@ class CompletionEval(pl.Callback):
         if grader is not None:
             found["accuracy"] = float(accuracy.compute())
         if pl_module.teacher.answers:
-            found["reverse_kl"] = float(divergence.compute()) if who == "student" else 0.0
-            if math.isnan(found["reverse_kl"]):  # no row whose teacher knows more
-                del found["reverse_kl"]
+            name = _divergence_of(pl_module)
+            found[name] = float(divergence.compute()) if who == "student" else 0.0
+            if math.isnan(found[name]):  # no row whose teacher knows more
+                del found[name]
         found |= {"completion_tokens": float(tokens.compute()), "truncated": float(truncated.compute())}
         found |= {f"pass@{k}": float(passed.compute()) for k, passed in passes.items()}
         if nll is not None:
@@ -177,14 +179,16 @@ class CompletionEval(pl.Callback):
                 yield replace(prompt, row=i * n + sample if i < len(held_out) else -1)
 
     def _divergence(
-        self, pl_module: OPDModule, prompts: list[Prompt], written: list[Completion], size: int, mean: TokenMean
+        self, trainer: pl.Trainer, prompts: list[Prompt], written: list[Completion], size: int, mean: TokenMean
     ) -> None:
+        pl_module: Any = trainer.lightning_module
+        ask_ahead(trainer, pl_module, pl_module.join(prompts, written))
         for start in range(0, len(prompts), size):
             rollout = pl_module.join(prompts[start : start + size], written[start : start + size])
             counted = (rollout.row >= 0) & torch.tensor([p.informed for p in prompts[start : start + size]])
             objective = REVERSE_KL if pl_module.teacher.translation is None else ON_SHARED
             out = pl_module.score(rollout.to(pl_module.device), objective)
-            per_token = out.stats.values["reverse_kl"]
+            per_token = out.stats.values[_divergence_of(pl_module)]
             mean.update(per_token[counted[:, None].expand_as(rollout.mask)[rollout.mask].to(per_token.device)])
 
     def _neutral_nll(self, pl_module: OPDModule) -> float:
@@ -222,3 +226,8 @@ class CompletionEval(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = state_dict["history"]
+
+
+def _divergence_of(module: OPDModule) -> str:
+    """The divergence that can be measured."""
+    return "reverse_kl" if module.teacher.known is None else "coarse_reverse_kl"

@@ -11,6 +11,7 @@ from opd_lightning.data.templates import AutoTemplate, ChatTemplate, Template
 from opd_lightning.models import LiveTeacher, PeriodicTeacher
 from opd_lightning.objectives import ForwardKL, Objective
 from opd_lightning.objectives.defects import Defect, DegenerateObjective
+from opd_lightning.objectives.partial import refuse_beyond
 from opd_lightning.objectives.validate import DeclaredTarget
 from opd_lightning.sources import Source
 
@@ -23,14 +24,18 @@ def declared_with(objective: Objective, teacher: Any) -> DeclaredTarget:
     return replace(target, biases=(*target.biases, f"not the gradient of a fixed scalar: {teacher.moving}"))
 
 
-def refuse_unfit_teacher(module: Any, source: Source, data: PromptDataModule | None) -> None:
-    """Check a teacher against who writes and what it is told.
+def refuse_unfit_teacher(module: Any, objective: Objective, source: Source, data: PromptDataModule | None) -> None:
+    """Check a teacher against what is compared with it, who writes and what it is told.
 
     Raises:
-        ValueError: for a source that lets a teacher write that cannot.
+        ValueError: for an objective that needs more than the teacher tells, or a source that lets one write that cannot.
         DegenerateObjective: for a teacher that is the student and is told nothing more, where nothing else is descended.
     """
     teacher = module.teacher
+    if teacher.known is not None:
+        refuse_beyond(objective, teacher.known)
+    if objective.needs_reference and module.reference.known is not None:
+        raise ValueError("model.reference must tell its whole law: a ServerTeacher cannot be one")
     if source.teacher_writes and not teacher.writes:
         raise ValueError(
             f"rollout.source lets the teacher write, but {type(teacher).__name__} only scores: use StudentSource or "

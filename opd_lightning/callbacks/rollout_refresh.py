@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from opd_lightning import parallel
+from opd_lightning.callbacks.asking import ask_ahead
 from opd_lightning.callbacks.pairing import declared_with, refuse_unfit_teacher, remarks
 from opd_lightning.callbacks.step_monitor import Logging, at_step_end, log_numbers
 from opd_lightning.callbacks.writing import RunWriters
@@ -154,7 +155,7 @@ class RolloutRefresh(Logging):
                     f"{name} learns from grades (objective.outcome), but data.prompts has no grader: give data.prompts.grader, "
                     "or `outcome: NoOutcome`"
                 )
-            refuse_unfit_teacher(pl_module, source, data)
+            refuse_unfit_teacher(pl_module, objective, source, data)
             lines.append(f"{name} descends: {declared_with(objective, pl_module.teacher)}")
             if source.student_writes and objective.needs_teacher and self._sampling_differs(objective.temperature):
                 rank_zero_warn(
@@ -200,13 +201,13 @@ class RolloutRefresh(Logging):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._loaded is not None:
-            self._restore(trainer, self._loaded)
+            self._restore(trainer, pl_module, self._loaded)
             self._loaded = None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if data.selector.probe_samples and data.scores is None:
             data.scores = self._probe(trainer, pl_module, data)
 
-    def _restore(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    def _restore(self, trainer: pl.Trainer, pl_module: Any, state: dict[str, Any]) -> None:
         assert self.buffer is not None
         buffer, plan = self.buffer, self.buffer.plan
         step, rest = divmod(state["position"], state["accumulate"])
@@ -232,6 +233,8 @@ class RolloutRefresh(Logging):
         rollout = Rollout.cat([shard.select(torch.tensor([i])) for shard, i in picked])
         factor = plan.world * plan.accumulate
         buffer.put(state["refresh"], rollout, [tuple(s * factor for s in step) for step in state["scales"]])
+        if rest or buffer.position % plan.micro_batches:  # some of it is still to be trained on
+            ask_ahead(trainer, pl_module, rollout)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._alone = True  # other ranks may be gone
@@ -268,6 +271,9 @@ class RolloutRefresh(Logging):
             if data.teacher_tokenizer is None:  # tokens of two vocabularies cannot be compared
                 self.measured |= _leak([p for p in prompts if p.teacher_ids], rollout, pl_module.device)
             rollout = rollout.without(~informed)
+        if objective.needs_teacher:
+            with pl_module.clock.phase("teacher forward", whole=True):
+                ask_ahead(trainer, pl_module, rollout, save=True)
         self.buffer.put(refresh, rollout, self._scales(rollout, objective))
 
     def _scales(self, rollout: Rollout, objective: Objective) -> list[tuple[float, ...]]:

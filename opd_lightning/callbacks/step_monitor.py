@@ -16,6 +16,7 @@ from opd_lightning.types import NOT_A_STUDENT, ObjectiveOutput, Rollout
 
 MEANS = (
     "reverse_kl",
+    "coarse_reverse_kl",
     "k1",
     "k3",
     "student_entropy",

@@ -25,7 +25,7 @@ from opd_lightning.inspect.setups import Setup
 from opd_lightning.models.loading import hollow_model
 from opd_lightning.models.lora import add_lora
 from opd_lightning.models.students import Student, prune_layers
-from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, FunctionTeacher, LiveTeacher
+from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, FunctionTeacher, LiveTeacher, ServerTeacher
 from opd_lightning.ops.fused import TILE
 
 PHASES = ("rollout", "student forward", "teacher forward", "heads and loss", "backward", "optimizer")
@@ -178,7 +178,7 @@ def teachers_of(setup: Setup, student: Shape) -> list[tuple[Shape, bool]]:
     for leaf in setup.module.teacher.leaves().values():
         if isinstance(leaf, FrozenTeacher):
             found.append((Shape.of(leaf.config(), leaf.dtype), True))
-        elif leaf.answers and not isinstance(leaf, FunctionTeacher):
+        elif leaf.answers and not isinstance(leaf, (FunctionTeacher, ServerTeacher)):
             found.append((student, not isinstance(leaf, (AdapterOffTeacher, LiveTeacher))))
     return found
 

@@ -19,8 +19,14 @@ Panel = dict[str, Any]
 Groups = list[tuple[str, list[int]]]
 PANELS: list[tuple[str, dict[str, str]]] = [
     ("Held-out accuracy", {"eval/accuracy": "accuracy"}),
-    ("Held-out reverse KL (nats/token)", {"eval/reverse_kl": "reverse KL"}),
-    ("Reverse KL on rollouts (nats/token)", {"train/reverse_kl": "reverse KL"}),
+    (
+        "Held-out reverse KL (nats/token)",
+        {"eval/reverse_kl": "reverse KL", "eval/coarse_reverse_kl": "of the top-k and a tail"},
+    ),
+    (
+        "Reverse KL on rollouts (nats/token)",
+        {"train/reverse_kl": "reverse KL", "train/coarse_reverse_kl": "of the top-k and a tail"},
+    ),
     ("Entropy (nats/token)", {"train/student_entropy": "student", "train/teacher_entropy": "teacher"}),
     (
         "Agreement on the top-k",

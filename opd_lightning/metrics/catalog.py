@@ -7,6 +7,8 @@ METRICS: dict[str, str] = {
     "train/critic_loss": "Half the squared error of GAE's critic, squared nats per token. Descended beside train/loss, not in "
     "it.",
     "train/reverse_kl": "KL(student ‖ teacher), nats per token over the full vocabulary, on the rollouts trained on. Falls.",
+    "train/coarse_reverse_kl": "The same of the teacher's top-k and one tail entry, where a teacher server tells no more: "
+    "a lower bound of it, nats per token. Falls.",
     "train/k1": "One-sample estimate of the reverse KL on the drawn tokens, signed. Equal to train/reverse_kl but for noise "
     "while the text is the student's own; a lasting difference says that it is not.",
     "train/k3": "The same with less noise, never negative (Schulman's k3). A metric: as a loss it would descend forward KL.",
@@ -57,6 +59,7 @@ METRICS: dict[str, str] = {
     "rollout/tokens_per_second": "Completion tokens written per second, all ranks.",
     "eval/accuracy": "Mean score of held-out completions under the grader, 0 to 1.",
     "eval/reverse_kl": "KL(student ‖ teacher), nats per token, on the student's held-out completions. Falls.",
+    "eval/coarse_reverse_kl": "The same of the teacher's top-k and one tail entry (teacher servers): a lower bound. Falls.",
     "eval/completion_tokens": "Mean length of held-out completions, tokens.",
     "eval/truncated": "Share of held-out completions cut by max_new_tokens.",
     "eval/neutral_nll": "Negative log-likelihood of neutral text under the student, nats per token. Should not move.",

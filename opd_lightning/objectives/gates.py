@@ -76,11 +76,13 @@ class Gate(Configurable, ABC):
         depends_on: what it looks at (see the module).
         title: what `declared_target` prints.
         needs_teacher: False if it can do without the teacher's law.
+        needs_law: False if it looks at the teacher's law on drawn tokens alone.
     """
 
     depends_on: DependsOn
     title: str
     needs_teacher: bool = True
+    needs_law: bool = True
 
     @abstractmethod
     def weight(self, view: View) -> Float[Tensor, "B T"]:
@@ -179,6 +181,7 @@ class TokenGap(_Range):
     """
 
     what = "teacher(token) - student(token)"
+    needs_law = False
 
     def __init__(self, at_least: float | None = None, at_most: float | None = None, top_fraction: float = 1.0) -> None:
         super().__init__(at_least, at_most, top_fraction)
@@ -193,6 +196,7 @@ class Reliability(Gate):
     """``min(teacher(token) / student(token), 1)``: tokens that the teacher hardly knows count little (TrOPD)."""
 
     depends_on: DependsOn = "action"
+    needs_law = False
     title = "reliability min(u, 1)"
 
     def weight(self, view: View) -> Float[Tensor, "B T"]:
@@ -221,6 +225,7 @@ class PositionImportance(Gate):
     """
 
     depends_on: DependsOn = "trajectory"
+    needs_law = False
 
     def __init__(self, strength: float = 0.5) -> None:
         if strength < 0.0:

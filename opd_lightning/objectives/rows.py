@@ -14,16 +14,14 @@ from opd_lightning.objectives.baselines import Baseline
 from opd_lightning.objectives.credits import Credit
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
 from opd_lightning.objectives.gates import Gate
+from opd_lightning.objectives.measurements import statistics
 from opd_lightning.objectives.routes import Route, Vanilla
 from opd_lightning.objectives.shapers import Shaper
 from opd_lightning.objectives.supports import FullVocab, Scores, Support, World
 from opd_lightning.objectives.targets import Target, TeacherLaw
 from opd_lightning.ops import logprobs as lp
-from opd_lightning.ops.agreement import agreement
-from opd_lightning.ops.estimators import k1, k3
 from opd_lightning.ops.fused import Scored, score_rows
 from opd_lightning.ops.heads import Head
-from opd_lightning.ops.reach import reach
 from opd_lightning.types import TOP, TokenLaws, Watch
 
 
@@ -60,6 +58,7 @@ class Extras:
         top_ids: (N, K) the student's likeliest tokens when the text was written, for supports that stand on them.
         past: (terms, 2) what `Objective.remember` has kept of earlier steps, for baselines that look back.
         watch: tokens whose likeliest continuations are kept.
+        known: how many of the likeliest entries of the teacher's laws are known; None for all.
     """
 
     reference: TokenLaws | None = None
@@ -69,6 +68,7 @@ class Extras:
     past: Tensor | None = None
     top_ids: Tensor | None = None
     watch: Watch | None = None
+    known: int | None = None
 
 
 class Parts(NamedTuple):
@@ -142,7 +142,7 @@ class ObjectiveRows:
     ) -> None:
         self.objectives, self.teacher, self.reference = objectives, teacher, extras.reference
         self.progress, self.tokens, self.agreement_k = extras.progress, tokens, agreement_k
-        self.ahead, self.top_ids, self.watch = extras.ahead, extras.top_ids, extras.watch
+        self.ahead, self.top_ids, self.watch, self.known = extras.ahead, extras.top_ids, extras.watch, extras.known
         self.matched: Tensor | None = getattr(teacher, "matched", None)  # of a teacher with another vocabulary
         self.seen: dict[int, dict[str, Tensor]] = {}  # of watched tokens, by the block's start
         self.names = [(i, name) for i, o in enumerate(objectives) for name in _differentiated(o)]
@@ -188,9 +188,9 @@ class ObjectiveRows:
         for i, objective in enumerate(self.objectives):
             theirs, third = self._others(others, objective)
             ahead, top_ids = (None if x is None else x[start:stop] for x in (self.ahead, self.top_ids))
-            known = (third, self.progress, self.measuring == i, self.agreement_k, ahead, top_ids, self.matched)
+            given = (third, self.progress, self.measuring == i, self.agreement_k, ahead, top_ids, self.matched, self.known)
             with exactly(logits):
-                parts, stats = score(objective, logits, theirs, tokens, *known)
+                parts, stats = score(objective, logits, theirs, tokens, *given)
             for name in ("direct", "logprob", "routed"):
                 if (value := getattr(parts, name)) is not None:
                     outputs[i, name] = value
@@ -250,8 +250,8 @@ class ObjectiveRows:
         gradient *= (factors[0].to(gradient.dtype) / objective.temperature)[:, None]
         signals = _signals(objective, Scores(value, None, value), World(student, teacher, tokens))
         signals["teacher_logprob"] = lp.gather(teacher, tokens)
-        known = value if type(objective.divergence) is ReverseKL else None
-        stats = statistics(student, teacher, *probs, tokens, self.agreement_k, known)
+        exact = value if type(objective.divergence) is ReverseKL else None
+        stats = statistics(student, teacher, *probs, tokens, self.agreement_k, exact, self.known)
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
         measured |= {(0, "_" + key): value for key, value in signals.items()}
         measured.update(stats)
@@ -264,7 +264,7 @@ class ObjectiveRows:
         if self.watch is None:
             return
         objective = self.objectives[self.measuring]
-        at, k = self.watch.tokens.to(logits.device) - start, min(self.watch.k, logits.shape[-1])
+        at, k = self.watch.tokens.to(logits.device) - start, min(self.watch.k, self.known or logits.shape[-1], logits.shape[-1])
         at = at[(at >= 0) & (at < len(logits))]
         laws = {"student": logits, "teacher": self._others(others, objective)[0]}
         found: dict[str, Tensor] = {}
@@ -296,6 +296,7 @@ def score(
     ahead: Float[Tensor, "n V"] | None = None,
     top_ids: Int[Tensor, "n K"] | None = None,
     matched: Bool[Tensor, " V"] | None = None,
+    known: int | None = None,
 ) -> tuple[Parts, dict[str, Tensor]]:
     """One objective on both models' logits: what it needs of the vocabulary, and statistics if it is the ``measuring`` one."""
     student = lp.log_softmax(student_logits, objective.temperature)
@@ -325,11 +326,11 @@ def score(
         stats = {}
         if measuring or objective.gates:
             ours, theirs, shares = objective.support.common(student, teacher, matched)
-            stats = statistics(ours, theirs, ours.exp(), theirs.exp(), tokens, agreement_k if measuring else 0)
+            stats = statistics(ours, theirs, ours.exp(), theirs.exp(), tokens, agreement_k if measuring else 0, None, known)
             if shares:  # the drawn token need not be one of both vocabularies
                 stats = {key: value for key, value in stats.items() if key not in ("k1", "k3", "leak")} | shares
         if objective.gates:
-            detached |= {k: stats[k] for k in ("student_entropy", "teacher_entropy", "reverse_kl")}
+            detached |= {k: stats[k] for k in ("student_entropy", "teacher_entropy", "reverse_kl") if k in stats}
     return Parts(scores.direct, logprob, routed.log_destination if routed is not None else None, detached), (
         stats if measuring else {}
     )
@@ -367,32 +368,3 @@ def _state_cost(objective: Axes, scores: Scores, student: Tensor, aim: Tensor) -
     if shaper.title and scores.direct is None:
         return -(student.exp() * shaper.shape(-divergence.value(student, aim), student, aim)).sum(-1)
     return divergence.total(student, aim)
-
-
-def statistics(
-    student: Float[Tensor, "n V"],
-    teacher: Float[Tensor, "n V"],
-    student_probs: Float[Tensor, "n V"],
-    teacher_probs: Float[Tensor, "n V"],
-    tokens: Int[Tensor, " n"],
-    agreement_k: int,
-    reverse_kl: Float[Tensor, " n"] | None = None,
-) -> dict[str, Tensor]:
-    """Measurements of the two models, whatever is descended. (n,) each, in nats where nothing is said."""
-    on_token = lp.gather(student, tokens), lp.gather(teacher, tokens)
-    dot = torch.linalg.vecdot
-    out = {
-        "student_entropy": -dot(student_probs, student),
-        "teacher_entropy": -dot(teacher_probs, teacher),
-        "reverse_kl": dot(student_probs, student - teacher) if reverse_kl is None else reverse_kl,
-        "k1": k1(*on_token),
-        "k3": k3(*on_token),
-    }
-    if agreement_k > 0:
-        found = agreement(student, teacher, agreement_k)
-        out |= {"overlap": found.overlap, "overlap_advantage": found.advantage}
-        out |= {"student_overlap_mass": found.student_mass, "teacher_overlap_mass": found.teacher_mass}
-        out |= {"student_top_mass": found.student_top_mass, "teacher_top_mass": found.teacher_top_mass}
-        wanted = reach(student, teacher, student_probs, teacher_probs, tokens)
-        out |= {"student_reach": wanted.student, "teacher_reach": wanted.teacher, "leak": wanted.leak}
-    return out

@@ -9,6 +9,7 @@ from opd_lightning.models.teachers.base import AdapterOffTeacher, FrozenTeacher,
 from opd_lightning.models.teachers.checkpoint import CheckpointTeacher
 from opd_lightning.models.teachers.mixed import EnsembleTeacher, FunctionTeacher, RoutedTeacher, TrustRegionTeacher
 from opd_lightning.models.teachers.moving import EMATeacher, LiveTeacher, PeriodicTeacher
+from opd_lightning.models.teachers.server import ServerTeacher
 from opd_lightning.models.teachers.translated import CrossTokenizerTeacher
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LiveTeacher",
     "PeriodicTeacher",
     "RoutedTeacher",
+    "ServerTeacher",
     "StartTeacher",
     "Teacher",
     "TextTeacher",

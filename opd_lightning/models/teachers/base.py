@@ -20,6 +20,7 @@ from opd_lightning.models.loading import DTYPES, load_config, load_model, load_t
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student
 from opd_lightning.models.translation import Translation
+from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.types import Prompt, Rendering, TokenLaws
 
 
@@ -51,6 +52,11 @@ class Teacher(Configurable):
         """How it reads what the student writes, if its tokenizer is another one."""
         return None
 
+    @property
+    def known(self) -> int | None:
+        """How many of the likeliest entries of its laws it tells, beside the drawn token; None if it tells all of them."""
+        return None
+
     def check(self, student: Student) -> None:
         """Refuse a student that this teacher cannot teach, before any weight is loaded."""
 
@@ -69,6 +75,13 @@ class Teacher(Configurable):
     def rows(self) -> int | None:
         """Logit rows; None if they are the student's by construction."""
         return None
+
+    def meet(self, vocabulary: Vocabulary) -> None:
+        """Prove what a tokenizer and rows at hand do not prove, before any weight is loaded; for models that run elsewhere.
+
+        Raises:
+            ValueError: with what to change.
+        """
 
     def build(self, student: nn.Module, share: bool = True) -> None:
         """Load weights. The default teacher has none of its own.
@@ -112,6 +125,13 @@ class Teacher(Configurable):
             "`DatasetSource`, or another `model.teacher`"
         )
         yield student
+
+    def prepare(self, text: Rendering) -> None:
+        """Called with what it will be asked next, where a run may wait: between optimizer steps and before evaluations.
+
+        Raises:
+            Unreachable: if it cannot answer now.
+        """
 
     def laws(self, student: nn.Module, text: Rendering, vocab: int) -> TokenLaws:
         """Laws at the completion tokens; no gradient. Under sharding, its own network runs inside its own root."""

@@ -88,6 +88,10 @@ class Composite(Teacher):
     def starts_as_student(self) -> bool:  # type: ignore[override]
         return all(m.starts_as_student for m in self.members.values())
 
+    @property
+    def known(self) -> int | None:
+        return min((m.known for m in self.members.values() if m.known is not None), default=None)
+
     def _refuse(self, unfit: type[Teacher] | tuple[type[Teacher], ...]) -> None:
         for name, member in self.members.items():
             if isinstance(member, unfit) or not member.answers:
@@ -123,6 +127,8 @@ class EnsembleTeacher(Composite):
         self.weights = tuple(w / sum(weights) for w in weights)
         self.mean = mean
         self._refuse(RoutedTeacher)
+        if self.known is not None:
+            raise ValueError("EnsembleTeacher needs its members' whole laws: a ServerTeacher tells the likeliest entries alone")
 
     def laws(self, student: nn.Module, text: Rendering, vocab: int) -> TokenLaws:
         return MixedLaws(tuple(m.laws(student, text, vocab) for m in self.members.values()), self.weights, self.mean)
@@ -198,6 +204,11 @@ class RoutedTeacher(Composite):
 
     def writer(self, prompt: Prompt) -> Teacher:
         return self.members[self._name(prompt)]
+
+    def prepare(self, text: Rendering) -> None:
+        assert text.route is not None
+        for number, member in enumerate(self.members.values()):
+            member.prepare(text.select((text.route == number).nonzero().squeeze(-1)))
 
     def laws(self, student: nn.Module, text: Rendering, vocab: int) -> TokenLaws:
         if text.route is None:

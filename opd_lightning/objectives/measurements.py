@@ -1,0 +1,49 @@
+"""What is measured of the two models at every token, whatever is descended."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd_lightning.objectives.divergences import ReverseKL
+from opd_lightning.objectives.supports import TopK
+from opd_lightning.ops import logprobs as lp
+from opd_lightning.ops.agreement import agreement
+from opd_lightning.ops.estimators import k1, k3
+from opd_lightning.ops.reach import reach
+
+
+def statistics(
+    student: Float[Tensor, "n V"],
+    teacher: Float[Tensor, "n V"],
+    student_probs: Float[Tensor, "n V"],
+    teacher_probs: Float[Tensor, "n V"],
+    tokens: Int[Tensor, " n"],
+    agreement_k: int,
+    reverse_kl: Float[Tensor, " n"] | None = None,
+    known: int | None = None,
+) -> dict[str, Tensor]:
+    """Measurements of the two models, whatever is descended. (n,) each, in nats where nothing is said.
+
+    Of a teacher whose laws are ``known`` in part, only what follows from that part.
+    """
+    on_token = lp.gather(student, tokens), lp.gather(teacher, tokens)
+    dot = torch.linalg.vecdot
+    out = {"student_entropy": -dot(student_probs, student), "k1": k1(*on_token), "k3": k3(*on_token)}
+    if known is None:
+        out |= {
+            "teacher_entropy": -dot(teacher_probs, teacher),
+            "reverse_kl": dot(student_probs, student - teacher) if reverse_kl is None else reverse_kl,
+        }
+    else:
+        out["coarse_reverse_kl"] = ReverseKL().total(*TopK(known, "teacher", "tail").closed(student, teacher)[2:])
+    if 0 < agreement_k <= (known or agreement_k):
+        found = agreement(student, teacher, agreement_k)
+        out |= {"overlap": found.overlap, "overlap_advantage": found.advantage}
+        out |= {"student_overlap_mass": found.student_mass, "teacher_overlap_mass": found.teacher_mass}
+        out |= {"student_top_mass": found.student_top_mass, "teacher_top_mass": found.teacher_top_mass}
+        if known is None:
+            wanted = reach(student, teacher, student_probs, teacher_probs, tokens)
+            out |= {"student_reach": wanted.student, "teacher_reach": wanted.teacher, "leak": wanted.leak}
+    return out
