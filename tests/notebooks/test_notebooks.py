@@ -24,6 +24,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f.name for f in sorted(FOLDER.glob("*.ipynb"))])
 def test_runs(name: str, kernel: str, tmp_path: Path) -> None:
     notebook = nbformat.read(FOLDER / name, as_version=4)

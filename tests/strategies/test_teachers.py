@@ -23,7 +23,7 @@ def assert_same_run(found: dict, expected: dict) -> None:
             torch.testing.assert_close(found["teachers"][name]["weights"][key], weight, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("size", ["lora", "full"])
+@pytest.mark.parametrize("size", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_moving_teacher_under_every_strategy_and_across_them(size: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     alone = run(tmp_path / "one", pair, "auto", 1, "ema", size == "lora")
     assert alone["teachers"]["teacher"]["step"] == 4

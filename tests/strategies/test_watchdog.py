@@ -25,6 +25,7 @@ def lines(pair: tuple[Path, Path], root: Path, *seconds: float) -> tuple[int, di
     return done.returncode, {match[1]: match for match in found}, done.stderr
 
 
+@pytest.mark.slow
 def test_the_sleeping_rank_is_named_before_the_time_out(pair: tuple[Path, Path], tmp_path: Path) -> None:
     code, said, everything = lines(pair, tmp_path, 2.0, 16.0, 8.0)
     assert code != 0  # the process group gave up, after 8 seconds
