@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow lint real clean
+.PHONY: demo test test-slow test-vllm lint real clean
 
 demo: .venv/installed
 	$(BIN)/opd fit -c quickstart.yaml
@@ -13,6 +13,11 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# needs the interpreter of an environment with vLLM: `python benchmarks/peers.py vllm` makes one for the CPU
+VLLM_PYTHON ?= build/peers/vllm/bin/python
+test-vllm: .venv/installed
+	HF_HUB_OFFLINE=1 VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) $(BIN)/python -m pytest -m vllm
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

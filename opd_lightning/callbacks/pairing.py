@@ -9,7 +9,7 @@ from opd_lightning.data.contexts import Context
 from opd_lightning.data.datamodule import PromptDataModule
 from opd_lightning.data.templates import AutoTemplate, ChatTemplate, Template
 from opd_lightning.models import LiveTeacher, PeriodicTeacher
-from opd_lightning.objectives import ForwardKL, Objective
+from opd_lightning.objectives import ForwardKL, NoCorrection, Objective, TokenRatio
 from opd_lightning.objectives.defects import Defect, DegenerateObjective
 from opd_lightning.objectives.partial import refuse_beyond
 from opd_lightning.objectives.validate import DeclaredTarget
@@ -89,6 +89,34 @@ def _refuse_two_vocabularies(module: Any) -> None:
 def _members(teacher: Any) -> list[tuple[str, Any]]:
     """The teachers inside a teacher, by their keys."""
     return [(f"model.teacher.{name}", leaf) for name, leaf in teacher.leaves().items() if name]
+
+
+def refuse_unfit_engine(objective: Objective) -> str:
+    """Check an objective against an engine whose log-probabilities are not the trainer's own.
+
+    Returns:
+        What should be written instead, in a sentence; empty if nothing.
+
+    Raises:
+        DegenerateObjective: for sampled tokens that are taken for the trainer's own.
+    """
+    sampled = [part for part, rows in objective.flat() if part.needs_sampler and rows != "others"]
+    if any(isinstance(part.correction, NoCorrection) and not part.allow_degenerate for part in sampled):
+        raise DegenerateObjective(
+            str(
+                Defect(
+                    "NoCorrection takes the engine's tokens for the trainer's own, and the two compute different laws",
+                    "E_{y ~ engine} A grad log p(y) != E_{y ~ p} A grad log p(y)",
+                    "correction: TruncatedRatio (or TokenRatio, ICEPop), or rollout.sampler: NativeSampler",
+                )
+            )
+        )
+    if any(isinstance(part.correction, TokenRatio) for part in sampled):
+        return (
+            "another engine writes, and where kernels or precisions differ single ratios become large: truncate them with "
+            "`objective.correction: TruncatedRatio`"
+        )
+    return ""
 
 
 def remarks(module: Any, data: PromptDataModule | None) -> list[str]:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from opd_lightning import parallel
 from opd_lightning.callbacks.asking import ask_ahead
-from opd_lightning.callbacks.pairing import declared_with, refuse_unfit_teacher, remarks
+from opd_lightning.callbacks.pairing import declared_with, refuse_unfit_engine, refuse_unfit_teacher, remarks
 from opd_lightning.callbacks.step_monitor import Logging, at_step_end, log_numbers
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.data.buffer import Plan, RolloutBuffer
@@ -156,6 +156,8 @@ class RolloutRefresh(Logging):
                     "or `outcome: NoOutcome`"
                 )
             refuse_unfit_teacher(pl_module, objective, source, data)
+            if source.student_writes and self.sampler.foreign and (remark := refuse_unfit_engine(objective)):
+                rank_zero_warn(remark)
             lines.append(f"{name} descends: {declared_with(objective, pl_module.teacher)}")
             if source.student_writes and objective.needs_teacher and self._sampling_differs(objective.temperature):
                 rank_zero_warn(
@@ -263,7 +265,7 @@ class RolloutRefresh(Logging):
                 with trainer.precision_plugin.forward_context():
                     rollout = replace(rollout, top_ids=pl_module.top_ids(rollout, k, plan.micro_batch_size))
         seconds = time.perf_counter() - started
-        self.measured = self._measure(rollout, seconds, pl_module.device)
+        self.measured = self._measure(rollout, seconds, pl_module.device) | dict(self.sampler.measured)
         if data.teacher_template is not None:
             informed = torch.tensor([p.informed for p in prompts])
             told, count = parallel.sum_over_ranks([float(informed.sum()), float(len(prompts))])

@@ -55,6 +55,8 @@ METRICS: dict[str, str] = {
     "rollout/repetition": "Share of a completion's 3-grams that stood in it before, mean over completions, 0 to 1. Near "
     "1 in a loop.",
     "rollout/distinct": "Distinct 3-grams over all 3-grams of a refresh, 0 to 1. Falls where every prompt gets the same text.",
+    "rollout/engine_drift": "Mean difference between the trainer's and the engine's log-probabilities of a fixed text after a "
+    "refresh, nats per token. Rounding alone; more means stale weights.",
     "rollout/seconds": "Wall-clock of a refresh.",
     "rollout/tokens_per_second": "Completion tokens written per second, all ranks.",
     "eval/accuracy": "Mean score of held-out completions under the grader, 0 to 1.",

@@ -109,3 +109,24 @@ class LinearParts:
         for down, up, scale in self.adapters:
             whole = torch.addmm(whole, up.to(whole.dtype), down.to(whole.dtype), alpha=scale)
         return whole
+
+
+def plain_state(base: nn.Module) -> dict[str, Tensor]:
+    """The weights of a Hugging Face model, adapters at work merged; a tied tensor under each of its names.
+
+    Raises:
+        ValueError: for an adapter that cannot be merged.
+    """
+    adapted = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    inside = tuple(f"{name}." for name in adapted)
+    # not state_dict(), which would take gathered weights apart again under FSDP2
+    named = base.named_parameters(remove_duplicate=False)
+    state = {name: parameter.detach() for name, parameter in named if not name.startswith(inside)}
+    for name in adapted:
+        parts = LinearParts.of(base.get_submodule(name))
+        if parts is None:
+            raise ValueError(f"the adapter of {name} cannot be merged: {type(base.get_submodule(name)).__name__}")
+        state[f"{name}.weight"] = parts.merged().detach()
+        if parts.bias is not None:
+            state[f"{name}.bias"] = parts.bias.detach()
+    return state

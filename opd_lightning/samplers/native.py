@@ -6,7 +6,8 @@ the weights, the prompt and the row's seed: not on the batch it shares, the rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,11 @@ class NativeSampler(Configurable):
     Raises:
         ValueError: for a value out of range.
     """
+
+    foreign: bool = False
+    """Whether another engine writes, whose log-probabilities differ from the trainer's by more than rounding."""
+    measured: Mapping[str, float] = MappingProxyType({})
+    """What a refresh adds to the log."""
 
     def __init__(
         self,
