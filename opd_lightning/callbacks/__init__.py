@@ -21,6 +21,7 @@ from opd_lightning.callbacks.completion_table import CompletionTable
 from opd_lightning.callbacks.entropy_monitor import EntropyMonitor
 from opd_lightning.callbacks.position_map import PositionMap
 from opd_lightning.callbacks.progress import OPDProgressBar, TimeTable
+from opd_lightning.callbacks.readiness import Readiness
 from opd_lightning.callbacks.recovery import FiniteLoss, GracefulStop, OPDCheckpoint, RNGState
 from opd_lightning.callbacks.rollout_refresh import RolloutRefresh
 from opd_lightning.callbacks.run_card import RunCard
@@ -51,6 +52,7 @@ __all__ = [
     "OverlapStagnation",
     "PositionMap",
     "RNGState",
+    "Readiness",
     "RepetitionLoop",
     "RolloutRefresh",
     "RunCard",

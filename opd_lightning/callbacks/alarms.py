@@ -282,7 +282,7 @@ class OverlapStagnation(Alarm):
         patience: optimizer steps.
     """
 
-    advice = "begin with a cold start on the teacher's text (cold_start.steps), choose other prompts, or a nearer teacher"
+    advice = "begin with a cold start (-c cold_start/auto.yaml), choose other prompts, or another teacher (opd pick-teacher)"
 
     def __init__(self, steps: int = 50, rise: float = 0.01, mass: float = 0.97, patience: int = 10) -> None:
         super().__init__(patience)

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from opd_lightning import parallel
 from opd_lightning.callbacks.asking import ask_ahead
 from opd_lightning.callbacks.pairing import declared_with, refuse_unfit_engine, refuse_unfit_teacher, remarks
+from opd_lightning.callbacks.prompt_probe import probe
 from opd_lightning.callbacks.step_monitor import Logging, at_step_end, log_numbers
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.data.buffer import Plan, RolloutBuffer
@@ -26,6 +27,13 @@ from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import run_seed
 from opd_lightning.sources import Source, StudentSource
 from opd_lightning.types import Prompt, Rollout
+
+
+class BeforeRefresh(pl.Callback):
+    """A callback that has a say before text is written for a step: a function of the weights, so that resuming repeats it."""
+
+    def before_refresh(self, trainer: pl.Trainer, pl_module: Any, step: int) -> None:
+        """Called on all ranks, before the rollouts of the refresh that begins at optimizer step ``step``."""
 
 
 class RolloutRefresh(Logging):
@@ -207,7 +215,7 @@ class RolloutRefresh(Logging):
             self._loaded = None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if data.selector.probe_samples and data.scores is None:
-            data.scores = self._probe(trainer, pl_module, data)
+            data.scores = probe(trainer, pl_module, data, self.sampler, self.seed)
 
     def _restore(self, trainer: pl.Trainer, pl_module: Any, state: dict[str, Any]) -> None:
         assert self.buffer is not None
@@ -248,8 +256,11 @@ class RolloutRefresh(Logging):
         plan = self.buffer.plan
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         rows = plan.local_rows(refresh)
-        prompts = [replace(data.prompt_at(row // self.rollouts_per_prompt), row=row) for row in rows]
         first_step = refresh * self.every_n_steps
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BeforeRefresh):
+                callback.before_refresh(trainer, pl_module, first_step)
+        prompts = [replace(data.prompt_at(row // self.rollouts_per_prompt), row=row) for row in rows]
         started = time.perf_counter()
         writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "rollout")
         objective = pl_module.objective_at(first_step)
@@ -319,21 +330,6 @@ class RolloutRefresh(Logging):
         if self.measured and at_step_end(trainer):
             log_numbers(pl_module, self.measured)
             self.logged = {key: float(value) for key, value in self.measured.items()}
-
-    # ---- the probe of ByDifficulty -----------------------------------------------------------------------------------------
-    def _probe(self, trainer: pl.Trainer, pl_module: Any, data: Any) -> list[float]:
-        if data.grader is None:
-            raise ValueError(f"data.selector {data.selector!r} needs a prompt set with a grader (a task)")
-        n, prompts = data.selector.probe_samples, data.train_prompts
-        world, rank = parallel.world_size(), parallel.rank()
-        mine = [replace(p, row=i * n + s) for i, p in enumerate(prompts) if i % world == rank for s in range(n)]
-        writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "probe")
-        written = writers.student(mine)
-        scores = dict(zip([p.row for p in mine], data.grades(mine, written, data.grader), strict=True))
-        everything: dict[int, float] = {}
-        for part in parallel.gather_objects(scores):
-            everything |= part
-        return [sum(everything[i * n + s] for s in range(n)) / n for i in range(len(prompts))]
 
 
 def _comparing(objective: Objective) -> str:

@@ -13,8 +13,9 @@ from opd_lightning.data.contexts import (
 )
 from opd_lightning.data.datamodule import PromptDataModule
 from opd_lightning.data.group_contexts import Feedback, FirstOf, Judge, SiblingSuccess, Verdict
+from opd_lightning.data.mixing import DistinctPrompts, MixedPrompts
 from opd_lightning.data.prompts import DatasetPrompts, JsonlPrompts, PromptSet, ReasoningGymPrompts, TaskPrompts
-from opd_lightning.data.selectors import ByDifficulty, ByLength, Selector, Shuffled
+from opd_lightning.data.selectors import ByDifficulty, ByLength, Interleaved, Selector, Shuffled, TeacherAligned
 from opd_lightning.data.tasks import Addition, Task
 from opd_lightning.data.templates import AutoTemplate, ChatTemplate, PlainTemplate, Template
 
@@ -28,14 +29,17 @@ __all__ = [
     "Context",
     "CustomContext",
     "DatasetPrompts",
+    "DistinctPrompts",
     "Demonstration",
     "Feedback",
     "FirstOf",
     "Hint",
     "Instruction",
+    "Interleaved",
     "JsonlPrompts",
     "Judge",
     "MaskedSolution",
+    "MixedPrompts",
     "PlainTemplate",
     "PromptDataModule",
     "PromptSet",
@@ -47,6 +51,7 @@ __all__ = [
     "SystemPrompt",
     "Task",
     "TaskPrompts",
+    "TeacherAligned",
     "Template",
     "Verdict",
 ]

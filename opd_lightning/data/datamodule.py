@@ -160,6 +160,13 @@ class PromptDataModule(pl.LightningDataModule):
             return (template or self.template).ids(row, self.teacher_tokenizer)
         return template.ids(row, self.vocabulary.tokenizer) if template is not None else None
 
+    def some_prompts(self, count: int) -> list[Prompt]:
+        """Evenly spaced training prompts, as many as there are; nothing else is tokenized."""
+        rows = self.prompt_set.rows()
+        rows = rows[: len(rows) - self.held_out]
+        size = min(count, len(rows))
+        return self._tokenize([rows[i * len(rows) // size] for i in range(size)], 0)
+
     def replace_prompts(self, prompts: PromptSet) -> None:
         """Use other prompts, all of them held out (for generation)."""
         self.prompt_set = self.held_out_prompts = prompts

@@ -205,19 +205,25 @@ class Bench:
     def student(self, prompts: Sequence[Prompt]) -> list[Completion]:
         return self._write(prompts, "student")
 
-    def teacher(self, prompts: Sequence[Prompt]) -> list[Completion]:
-        return self._write(prompts, "teacher")
+    def teacher(self, prompts: Sequence[Prompt], attempt: int = 0) -> list[Completion]:
+        return self._write(prompts, "teacher", attempt)
 
-    def _write(self, prompts: Sequence[Prompt], who: str) -> list[Completion]:
-        seeds = [fold(0, "catalogue", p.row) for p in prompts]
+    def grade(self, prompts: Sequence[Prompt], written: Sequence[Completion]) -> list[float]:
+        texts = [self.module.vocabulary.decode(c.ids) for c in written]
+        return [Addition()(p.fields, text) for p, text in zip(prompts, texts, strict=True)]
+
+    def archive(self) -> None:
+        """Nothing is kept."""
+
+    def _write(self, prompts: Sequence[Prompt], who: str, attempt: int = 0) -> list[Completion]:
+        seeds = [fold(attempt, "catalogue", p.row) for p in prompts]
         return self.module.write(prompts, who, NativeSampler(max_new_tokens=48), seeds)
 
     def _gradient(self, objective: Objective, written: list[Completion]) -> Tensor:
         self.module.zero_grad(set_to_none=True)
         self.module.critic = self.module._new_critic() if objective.needs_critic else None
         rollout = Rollout.of(self.prompts, written, self.module.vocabulary.pad_id)
-        texts = [self.module.vocabulary.decode(c.ids) for c in written]
-        outcome = torch.tensor([Addition()(p.fields, text) for p, text in zip(self.prompts, texts, strict=True)])
+        outcome = torch.tensor(self.grade(self.prompts, written))
         self.module.score(replace(rollout, scale=(), outcome=outcome), objective).loss.backward()
         assert self.module.student is not None
         return torch.cat([p.grad.flatten() for p in self.module.student.parameters() if p.grad is not None])

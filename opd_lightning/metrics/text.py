@@ -31,6 +31,16 @@ def ngrams(ids: Tensor, n: int) -> Tensor:
     return (ids.long().unfold(0, n, 1) * places).sum(-1)
 
 
+def repeated(ids: Tensor, n: int = 3) -> float:
+    """Share of a completion's n-grams that stood in it before; NaN for fewer than n tokens.
+
+    >>> repeated(torch.tensor([5, 5, 5, 5]), n=1)
+    0.75
+    """
+    codes = ngrams(ids, n)
+    return 1.0 - codes.unique().numel() / len(codes) if len(codes) else torch.nan
+
+
 class _OfNGrams:
     def check(self, n: int) -> int:
         if not 1 <= n <= 3:
@@ -55,8 +65,7 @@ class Repetition(_OfNGrams, TokenMean):
         self.n = self.check(n)
 
     def update(self, completions: Sequence[Tensor]) -> None:  # type: ignore[override]
-        found = [ngrams(ids, self.n) for ids in completions]
-        shares = [1.0 - codes.unique().numel() / len(codes) if len(codes) else torch.nan for codes in found]
+        shares = [repeated(ids, self.n) for ids in completions]
         super().update(torch.tensor(shares, dtype=torch.float64, device=self.total.device))
 
 
