@@ -15,10 +15,9 @@ from jsonargparse import auto_cli
 from opd_lightning import configfiles
 from opd_lightning.inspect.race import Settings
 from opd_lightning.inspect.race import run as run_race
-from opd_lightning.inspect.setups import Setup, side_by_side
+from opd_lightning.inspect.setups import side_by_side
+from opd_lightning.preflight import Reader, doctor, inspect_pair, pick_teacher
 from opd_lightning.zoo.build import build, show
-
-Reader = Callable[[list[str]], Setup]
 
 
 def configs(words: list[str], read: Reader) -> int:
@@ -204,56 +203,6 @@ def validate_config(words: list[str], read: Reader) -> int:
     return 0
 
 
-def doctor(words: list[str], read: Reader) -> int:
-    """``opd doctor``."""
-    about = "Says before a run what it will take: seconds of a step by phase, memory at the peak."
-    more = (
-        "example: opd doctor --cost -c quickstart.yaml --data.batch_size 128\n"
-        "All other keys of `opd fit` are understood too. The forecast takes a second; then three steps are run in a temporary "
-        "folder and shown beside it, unless --no-measure is given."
-    )
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("opd doctor", description=about, epilog=more, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--cost", action="store_true", help="time and memory (the only examination so far)")
-    parser.add_argument("--no-measure", action="store_true", help="do not run three steps beside the forecast")
-    if not words or {"-h", "--help"} & set(words):
-        parser.print_help()
-        return 0
-    given, flags = parser.parse_known_args(words)
-    if not given.cost:
-        parser.error("say what to examine: --cost")
-    from opd_lightning.inspect.cost import cost
-
-    setup = read(flags)
-    print(cost(setup, flags, not given.no_measure))
-    return 0
-
-
-PAIR = """Shows what student and teacher read for the same row, in two columns, as their templates render it: + is what only the
-teacher reads, | lines that differ. Lines with ! name what differs beside the information: where the completion begins, thinking
-mode, chat templates, tokens that end a text. No weights are loaded."""
-
-
-def inspect_pair(words: list[str], read: Reader) -> int:
-    """``opd inspect-pair``."""
-    parser = argparse.ArgumentParser(
-        "opd inspect-pair",
-        description=PAIR,
-        epilog="example: opd inspect-pair -c experiments/smollm2_system_prompt.yaml\nother keys of `opd fit` are understood",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
-    parser.add_argument("--rows", type=int, default=1, help="rows of the training set (default: %(default)s)")
-    parser.add_argument("--width", type=int, help="characters of a line (default: the terminal's)")
-    given, flags = parser.parse_known_args(words)
-    from opd_lightning.inspect.pairs import show as show_pair
-
-    setup = read([*(word for name in given.config for word in ("-c", name)), *flags])
-    print(show_pair(setup, given.rows, given.width or shutil.get_terminal_size((120, 24)).columns))
-    return 0
-
-
 FLOOR = """Trains a toy student towards a teacher that is told more: one rule for all rows, or another answer for every row, in
 both directions of the KL. Prints how much of the divergence goes, the floor that the closed form gives, and whether what was
 learned reaches contexts that were never trained on. The folder gets floor.json and floor.png.
@@ -350,6 +299,7 @@ OWN_PARSER: dict[str, Callable[[list[str], Reader], int]] = {
     "doctor": doctor,
     "inspect-pair": inspect_pair,
     "pi-floor": pi_floor,
+    "pick-teacher": pick_teacher,
     "race": race,
     "report": report,
     "reproduce": reproduce,
@@ -364,10 +314,11 @@ OVERVIEW = """
 verbs that train nothing themselves:
     configs             List what ships, or the methods as a table with their bias and noise.
     validate-config     Check a configuration without loading weights, and say what it descends.
-    doctor              Say before a run how long a step and how much memory it will take.
+    doctor              Examine a run before it starts: will it work, what to change if not, how long, how much memory.
     inspect-pair        Show both prompts of a row side by side, as student and teacher read them.
     diff                Compare two configurations in terms of what they train.
     pi-floor            Show in a toy, or estimate for a run, what a student can learn from a teacher that is told more.
+    pick-teacher        Rank teachers for one student by what it would learn from each.
     race                Train several methods with several seeds and compare them.
     reproduce           Test claims of the literature at a small scale, with criteria and seeds.
     resume-drill        Interrupt and resume a configuration at every kind of moment, and compare to the bit.

@@ -25,7 +25,7 @@ from opd_lightning.models.export import export_student
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
 from opd_lightning.models.teachers import AdapterOffTeacher, StartTeacher, Teacher
-from opd_lightning.models.vocabulary import Vocabulary, extra_eos, prove_rows, prove_same_tokens, special_differences
+from opd_lightning.models.vocabulary import Vocabulary, extra_eos, prove_shared
 from opd_lightning.objectives import Extras, Objective
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold, run_seed
@@ -132,21 +132,15 @@ class OPDModule(pl.LightningModule):
             )
         if self.student is not None:
             return
-        rows = {"student": int(self.recipe.config().get_text_config().vocab_size)}
-        for name, model in self._leaves().items():
-            if model.translation is not None:
-                rank_zero_info(model.translation.prove())
-                prove_rows(model.translation.theirs, {name: model.rows() or 0})
-                continue
-            if (theirs := model.tokenizer()) is not None:
-                notes = [prove_same_tokens(self.vocabulary.tokenizer, theirs)]
-                notes += special_differences(self.vocabulary, Vocabulary.of(theirs, extra_eos(model.config())), name)
-                for note in filter(None, notes):
-                    rank_zero_warn(f"{note} (model.{name}; `opd inspect-pair` shows what both read)")
-            model.meet(self.vocabulary)
-            if (their_rows := model.rows()) is not None:
-                rows[name] = their_rows
-        rank_zero_info(prove_rows(self.vocabulary, rows))
+        rank_zero_info(self.prove_vocabularies())
+
+    def prove_vocabularies(self) -> str:
+        """Refuse models that do not share the student's tokens; what is cut off, in words. No weights are loaded."""
+        rows = int(self.recipe.config().get_text_config().vocab_size)
+        said, notes = prove_shared(self.vocabulary, rows, self._leaves())
+        for note in notes:
+            rank_zero_warn(note)
+        return said
 
     def configure_model(self) -> None:
         if self.student is not None:  # called again by every fit, validate and predict

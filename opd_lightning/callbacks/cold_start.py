@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from opd_lightning.callbacks.pairing import refuse_incomparable
 from opd_lightning.callbacks.readiness import Readiness
 from opd_lightning.callbacks.rollout_refresh import BeforeRefresh, RolloutRefresh
 from opd_lightning.module import OPDModule, Phase
@@ -29,10 +30,10 @@ class ColdStart(BeforeRefresh):
     Args:
         steps: length of the phase in optimizer steps, a multiple of rollout.every_n_steps; 0 leaves it out. With `until`, the
             most that it may take.
-        until: when the student is near enough; null trains all of `steps`.
         source: who writes in it; `GradedTeacher` keeps only what the grader accepts, and keeps it on disk.
         objective: what it descends; null is the likelihood of the written text.
         reset_optimizer: forget the optimizer's moments when the phase ends.
+        until: when the student is near enough; null trains all of `steps`.
 
     Raises:
         ValueError: for a negative number of steps.
@@ -41,10 +42,10 @@ class ColdStart(BeforeRefresh):
     def __init__(
         self,
         steps: int = 0,
-        until: Readiness | None = None,
         source: Source = TeacherSource(),
         objective: Objective | None = None,
         reset_optimizer: bool = False,
+        until: Readiness | None = None,
     ) -> None:
         if steps < 0:
             raise ValueError(f"cold_start.steps={steps}: must be at least 0 (0 leaves the cold start out)")
@@ -64,6 +65,8 @@ class ColdStart(BeforeRefresh):
 
     def announce(self, pl_module: OPDModule) -> None:
         """Make the phase known to the module."""
+        if self.steps and self.until is not None:
+            refuse_incomparable(pl_module.teacher, "cold_start.until")
         if self.steps and not pl_module.phases:
             pl_module.phases.append(Phase(NAME, self.end, self.source, self.objective))
         self._phases = pl_module.phases

@@ -119,6 +119,26 @@ def refuse_unfit_engine(objective: Objective) -> str:
     return ""
 
 
+def refuse_incomparable(teacher: Any, who: str) -> None:
+    """Refuse a teacher whose laws cannot be laid beside the student's, entry by entry.
+
+    Args:
+        teacher: who is asked.
+        who: needs whole laws, for the message.
+
+    Raises:
+        ValueError: for one with a tokenizer of its own, or one that tells only its likeliest tokens.
+    """
+    for leaf in teacher.leaves().values():
+        if leaf.known is not None or leaf.translation is not None:
+            why = (
+                "has a tokenizer of its own"
+                if leaf.translation is not None
+                else f"tells its {leaf.known} likeliest tokens alone"
+            )
+            raise ValueError(f"{who} compares whole laws token by token, but {type(leaf).__name__} {why}: leave it out")
+
+
 def remarks(module: Any, data: PromptDataModule | None) -> list[str]:
     """What is known to go wrong with this teacher, context and objective, a sentence each."""
     teacher, out = module.teacher, []

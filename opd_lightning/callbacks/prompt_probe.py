@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from opd_lightning import parallel
+from opd_lightning.callbacks.pairing import refuse_incomparable
 from opd_lightning.callbacks.writing import RunWriters
 from opd_lightning.models.distributions import evaluating
 from opd_lightning.objectives import Objective, ReverseKL
@@ -29,6 +30,8 @@ def probe(trainer: pl.Trainer, pl_module: Any, data: Any, sampler: NativeSampler
         raise ValueError(f"data.selector {data.selector!r} needs a prompt set with a grader (a task)")
     if kind != "grade" and not pl_module.teacher.answers:
         raise ValueError(f"data.selector {data.selector!r} asks the teacher, but {pl_module.teacher!r} has no network")
+    if kind != "grade":
+        refuse_incomparable(pl_module.teacher, "data.selector")
     world, rank = parallel.world_size(), parallel.rank()
     places = [place * world + rank for place in range(-(-len(prompts) // world))]  # equally many on every rank
     mine = [replace(prompts[i % len(prompts)], row=i * n + s if i < len(prompts) else -1) for i in places for s in range(n)]

@@ -277,20 +277,43 @@ def table(predicted: dict[str, float], bytes_: dict[str, float], measured: tuple
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a step will take.
+
+    Attributes:
+        load, machine: what is worked on, and where.
+        seconds: by phase.
+        memory: bytes at the peak by owner.
+    """
+
+    load: Load
+    machine: Machine
+    seconds: dict[str, float]
+    memory: dict[str, float]
+
+    @classmethod
+    def of(cls, setup: Setup) -> Forecast:
+        """From the configuration and a second of measuring the machine; no weights are loaded."""
+        recipe = setup.module.recipe
+        student = Shape.of(recipe.config(), recipe.dtype, recipe)
+        asked = teachers_of(setup, student)
+        teachers, owned = [shape for shape, _ in asked], [shape for shape, own in asked if own]
+        load = load_of(setup)
+        machine = Machine.measured({student.dtype, *(shape.dtype for shape in teachers)})
+        checkpointing = recipe.gradient_checkpointing
+        seconds = forecast(student, teachers, load, machine, checkpointing)
+        return cls(load, machine, seconds, memory(student, owned, load, machine, checkpointing))
+
+
 def cost(setup: Setup, words: Sequence[str], measuring: bool) -> str:
     """The page of ``opd doctor --cost``."""
-    recipe = setup.module.recipe
-    student = Shape.of(recipe.config(), recipe.dtype, recipe)
-    asked = teachers_of(setup, student)
-    teachers, owned = [shape for shape, _ in asked], [shape for shape, own in asked if own]
-    load = load_of(setup)
-    machine = Machine.measured({student.dtype, *(shape.dtype for shape in teachers)})
-    checkpointing = recipe.gradient_checkpointing
-    predicted = forecast(student, teachers, load, machine, checkpointing)
+    found = Forecast.of(setup)
+    load, machine = found.load, found.machine
     head = (
         f"{load.rollouts} rollouts of {load.prompt:.0f} + {load.completion} tokens a step on one {machine.name}: "
         + ", ".join(f"{rate / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}" for dtype, rate in machine.products.items())
         + f", {machine.bandwidth / 1e9:.0f} GB/s"
     )
     measured = measure(words) if measuring else None
-    return head + "\n\n" + table(predicted, memory(student, owned, load, machine, checkpointing), measured)
+    return head + "\n\n" + table(found.seconds, found.memory, measured)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_lightning.callbacks import run_card
+from opd_lightning.inspect import doctor
 from opd_lightning.inspect.runs import RECORDS, Run, grouped
 from opd_lightning.metrics.catalog import define
 
@@ -65,6 +66,7 @@ def render(title: str, runs: Sequence[Run], table: str = "") -> str:
     sections = {
         "results": ("Results", table or numbers(*results(runs))),
         "alarms": ("Alarms", _alarms(runs)),
+        "doctor": ("Before the run", "".join(doctor.section(run.folder) for run in runs)),
         "curves": ("Curves", _CURVES if data["panels"] else ""),
         "maps": ("Where in the completion", _MAPS if any(run["positions"] for run in data["runs"]) else ""),
         "tokens": ("Tokens", _TOKENS if tokens else ""),

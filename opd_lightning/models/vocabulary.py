@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,3 +142,33 @@ def prove_rows(vocabulary: Vocabulary, rows: dict[str, int]) -> str:
         return f"vocabulary: {vocabulary.size} tokens"
     cut = ", ".join(f"{count} of the {name}" for name, count in padded.items())
     return f"vocabulary: {vocabulary.size} tokens; padding rows cut off before the soft-max: {cut}"
+
+
+def prove_shared(vocabulary: Vocabulary, rows: int, models: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Every model must give the same meaning to the same ids, and have a row for each; or translate, and prove that.
+
+    Args:
+        vocabulary: the student's.
+        rows: logit rows of the student.
+        models: the teachers that are asked, by name.
+
+    Returns:
+        One line that says what is cut off, and what differs without harm, a line each.
+
+    Raises:
+        VocabularyMismatch: naming what differs.
+    """
+    counts, lines, notes = {"student": rows}, [], []
+    for name, model in models.items():
+        if model.translation is not None:
+            lines.append(model.translation.prove())
+            prove_rows(model.translation.theirs, {name: model.rows() or 0})
+            continue
+        if (theirs := model.tokenizer()) is not None:
+            found = [prove_same_tokens(vocabulary.tokenizer, theirs)]
+            found += special_differences(vocabulary, Vocabulary.of(theirs, extra_eos(model.config())), name)
+            notes += [f"{note} (model.{name}; `opd inspect-pair` shows what both read)" for note in found if note]
+        model.meet(vocabulary)
+        if (their_rows := model.rows()) is not None:
+            counts[name] = their_rows
+    return "\n".join([*lines, prove_rows(vocabulary, counts)]), notes

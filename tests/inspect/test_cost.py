@@ -71,9 +71,3 @@ def test_every_network_that_answers_is_counted(
     shown = {line.split("  ")[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if line}
     assert "teacher forward" in shown
     assert ("teacher" in shown) == (teacher != "LiveTeacher")
-
-
-def test_without_an_examination_it_says_what_there_is() -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["doctor", "-c", "quickstart.yaml"])
-    assert stop.value.code == 2
