@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from opd_lightning import parallel
+from opd_lightning import parallel, strategies
 from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
 from opd_lightning.models.distributions import evaluating, laws_of, likeliest, pack_rows, prove_head
@@ -124,7 +124,7 @@ class OPDModule(pl.LightningModule):
         return Vocabulary.of(self.recipe.tokenizer(), extra_eos(self.recipe.config()))
 
     def setup(self, stage: str) -> None:
-        parallel.refuse_split_weights(self.trainer.strategy)
+        strategies.refuse_split_weights(self.trainer.strategy)
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"trainer.precision={self.trainer.precision} rounds rotary tables and batch floats: use `bf16-mixed`, or load "
@@ -158,7 +158,7 @@ class OPDModule(pl.LightningModule):
         if any(o.needs_critic for o in self._objectives):
             self.critic = self._new_critic()
             self._trained_names |= {"critic.weight", "critic.bias"}
-        parallel.split(self, base_of(student), [base_of(own) for own in self._own_models()])
+        strategies.split(self, base_of(student), [base_of(own) for own in self._own_models()])
         self.student = student
         rank_zero_info(f"student: {trainable_report(student)}")
 
@@ -373,12 +373,12 @@ class OPDModule(pl.LightningModule):
                 )
         if "state_dict" not in checkpoint:  # sharded strategies load the weights themselves
             return
-        found = set(checkpoint["state_dict"])
-        missing = sorted(self._trained_names - found)
-        if missing:
+        found, own = checkpoint["state_dict"], self.state_dict()
+        other = sorted(n for n in self._trained_names if n not in found or found[n].shape != own[n].shape)
+        if other:
             raise ValueError(
-                f"the checkpoint lacks {len(missing)} of {len(self._trained_names)} trained tensors (first: {missing[0]}). It "
-                "belongs to another student: compare model.student in its config with this run's."
+                f"the checkpoint lacks {len(other)} of {len(self._trained_names)} trained tensors, or has others "
+                f"(first: {other[0]}). It belongs to another student: compare model.student in its config with this run's."
             )
         if self._trainer is not None:
             self._checkpoint = checkpoint

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from opd_lightning import memory, parallel
+from opd_lightning import memory, strategies
 from opd_lightning.callbacks import (
     Alarms,
     ColdStart,
@@ -68,9 +68,9 @@ class OPDTrainer(pl.Trainer):
     """
 
     def __init__(self, *, float32_matmul: Literal["highest", "high", "medium"] | None = None, **kwargs: Any) -> None:
-        parallel.refuse_absent(kwargs.get("strategy"))
+        strategies.refuse_absent(kwargs.get("strategy"))
         kwargs = _with_core(kwargs)
-        kwargs["strategy"] = parallel.own_strategy(kwargs.get("strategy", "auto"), kwargs.get("precision"))
+        kwargs["strategy"] = strategies.own_strategy(kwargs.get("strategy", "auto"), kwargs.get("precision"))
         super().__init__(**kwargs)
         if self.strategy.root_device.type == "cpu":
             memory.keep_freed()

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "opd_lightning"
 LAYERS = [
     {"ops", "types", "clock", "configurable", "memory", "seeds", "paths", "endpoint"},
     {"objectives", "models", "data", "metrics", "parallel", "schedulers"},
-    {"samplers", "sources"},
+    {"samplers", "sources", "strategies"},
     {"module"},
     {"callbacks"},
     {"trainer"},

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_lightning import parallel
 from opd_lightning.callbacks.step_monitor import at_step_end
@@ -88,6 +90,14 @@ class OPDCheckpoint(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.write(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say below the error how to go on."""
+        newest = next(iter(checkpoints(Path(trainer.default_root_dir) / self.folder)), None)
+        kept = f"its last checkpoint is {newest}: repeat the command with `--ckpt_path last`" if newest else "no checkpoint yet"
+        exception.add_note(f"The run ended in optimizer step {trainer.global_step}; {kept}.")
+        if trainer.world_size > 1:
+            exception.add_note(f"This is rank {trainer.global_rank}; where several ranks fail, the first error is the cause.")
+
     def write(self, trainer: pl.Trainer) -> Path:
         """Write the current step, unless it stands already. All ranks must call it."""
         target = Path(trainer.default_root_dir) / self.folder / f"step-{trainer.global_step:06d}.ckpt"
@@ -109,15 +119,23 @@ def save_whole(trainer: pl.Trainer, target: Path) -> bool:
     try:
         with trainer.lightning_module.clock.phase("checkpoint", whole=True):  # type: ignore[union-attr, operator]
             trainer.save_checkpoint(partial)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        rank_zero_warn(f"the checkpoint of step {trainer.global_step} could not be written ({error}); the one before it stays")
-        return False
+        failure = ""
+    except (OSError, CheckpointException) as error:  # the latter where every rank writes its part
+        failure = str(error)
+        trainer.strategy.barrier()  # ranks that did not fail stand at the end of trainer.save_checkpoint
+    failures = [f for f in parallel.gather_objects(failure) if f]
     if trainer.is_global_zero:
-        _remove(target)
-        os.replace(partial, target)
+        if failures:
+            _remove(partial)
+        else:
+            _remove(target)
+            os.replace(partial, target)
     trainer.strategy.barrier()
-    return True
+    if failures:
+        rank_zero_warn(
+            f"the checkpoint of step {trainer.global_step} could not be written ({failures[0]}); the one before it stays"
+        )
+    return not failures
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -128,15 +146,22 @@ def checkpoints(folder: Path) -> list[Path]:
 def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run that opens; a damaged one is named and passed over."""
     for path in checkpoints(run / "checkpoints"):
-        if path.is_dir():
+        damage = _damage(path / "meta.pt" if path.is_dir() else path)
+        if not damage:
             return path
-        try:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # whatever a damaged file makes the unpickler raise
-            rank_zero_warn(f"{path} is damaged ({type(error).__name__}); trying the one before it")
-            continue
-        return path
+        rank_zero_warn(f"{path} is damaged ({damage}); trying the one before it")
     return None
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a checkpoint; empty if nothing is. All of it is read: torch does not compare checksums."""
+    try:
+        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(file) as archive:
+            wrong = archive.testzip()
+    except Exception as error:  # whatever a damaged file makes the unpickler raise
+        return type(error).__name__
+    return f"the bytes of {wrong} have changed" if wrong else ""
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -122,7 +123,7 @@ def _sums(found: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
 
 class TrainMonitor(StepMonitor):
     """Loss, reverse KL, entropies, signal, importance ratio, staleness, gradient norm, learning rate and time of every
-    optimizer step.
+    optimizer step. A gradient that is not finite ends the run before it reaches the weights.
     """
 
     def __init__(self) -> None:
@@ -167,10 +168,14 @@ class TrainMonitor(StepMonitor):
         self._step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._norm = float(norm)
+        self._norm = parallel.gradient_norm(pl_module)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which skips such steps itself
+        if not math.isfinite(self._norm) and not scaled:
+            raise FloatingPointError(
+                f"the gradient is not finite at optimizer step {trainer.global_step}, though its loss is. The weights are "
+                "untouched; the last checkpoint is good. A term of the objective has no finite derivative there: use a bounded "
+                "divergence (GeneralizedJSD), or a lower learning rate if the weights have grown."
+            )
         self._rate = float(optimizer.param_groups[0]["lr"])
 
     def on_step(self, trainer: pl.Trainer, pl_module: Any, values: dict[str, float]) -> None:

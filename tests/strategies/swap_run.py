@@ -35,10 +35,16 @@ class Record(pl.Callback):
         self.losses[step] = self.losses.get(step, 0.0) + loss
 
 
-def run(root: Path, pair: tuple[Path, Path], strategy: str, devices: int, micro: int, lora: bool, resume: str = "") -> dict:
-    """Five steps, two per refresh; checkpoints of every step in ``root``. Returns whole final weights and measurements."""
+def run(root: Path, pair: tuple[Path, Path], strategy: str, devices: int, micro: int, kind: str, resume: str = "") -> dict:
+    """Five steps, two per refresh; checkpoints of every step in ``root``. Returns whole final weights and measurements.
+
+    The kind is ``lora`` or ``full``, and may say ``+checkpointing`` (of activations) or ``+bfloat16`` (weights).
+    """
     pl.seed_everything(0, verbose=False)
+    lora = "lora" in kind
     module = tiny_module(pair, lora=LoRA(r=4) if lora else None)
+    module.recipe.gradient_checkpointing = "checkpointing" in kind
+    module.recipe.dtype = "bfloat16" if "bfloat16" in kind else "float32"
     evaluation = CompletionEval(every_n_steps=2, sampler=NativeSampler(max_new_tokens=8), seed=5)
     rollout = RolloutRefresh(sampler=NativeSampler(max_new_tokens=8), rollouts_per_prompt=2, every_n_steps=2, seed=5)
     record = Record()
@@ -47,13 +53,14 @@ def run(root: Path, pair: tuple[Path, Path], strategy: str, devices: int, micro:
     trainer.fit(module, tiny_data(held_out=7, micro_batch_size=micro), ckpt_path=resume or None)
     whole = parallel.full_state_dict(module.student)
     trained = {n: t for n, t in whole.items() if not lora or "lora_" in n}
-    return {"weights": trained, "history": evaluation.history, "rollouts": record.rollouts, "losses": record.losses}
+    found = {"weights": trained, "history": evaluation.history, "rollouts": record.rollouts, "losses": record.losses}
+    return found | {"norm": float(trainer.callback_metrics["train/gradient_norm"])}
 
 
 if __name__ == "__main__":
     root, student, teacher, *cases = sys.argv[1:]
-    for case in cases:  # name:strategy:lora|full[:checkpoint of another case]
+    for case in cases:  # name:strategy:kind[:checkpoint of another case]
         name, strategy, kind, *resume = case.split(":")
-        found = run(Path(root) / name, (Path(student), Path(teacher)), strategy, 2, 2, kind == "lora", *resume)
+        found = run(Path(root) / name, (Path(student), Path(teacher)), strategy, 2, 2, kind, *resume)
         if parallel.rank() == 0:
             torch.save(found, Path(root) / f"{name}.pt")

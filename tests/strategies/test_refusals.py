@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.strategies import FSDPStrategy
 
-from opd_lightning.parallel import FSDP1Strategy, refuse_split_weights
+from opd_lightning.strategies import FSDP1Strategy, refuse_split_weights
 from tests.helpers import tiny_trainer
 
 

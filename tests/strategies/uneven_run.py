@@ -12,14 +12,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from opd_lightning import parallel
+from opd_lightning import parallel, strategies
 from opd_lightning.callbacks import RolloutRefresh
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.types import Completion
 from tests.helpers import tiny_data, tiny_module, tiny_trainer
 
 LONGEST = 32
-STRATEGIES = {"ddp": DDPStrategy, "fsdp": parallel.FSDP1Strategy, "fsdp2": parallel.FSDP2Strategy}
+STRATEGIES = {"ddp": DDPStrategy, "fsdp": strategies.FSDP1Strategy, "fsdp2": strategies.FSDP2Strategy}
 
 
 class Uneven(NativeSampler):
