@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -227,7 +228,7 @@ def gradient_norm(module: nn.Module) -> float:
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if fsdp1_root(module) is None:
         return float(norm)
-    return sum_over_ranks([float(norm) ** 2])[0] ** 0.5  # each rank holds a part of every gradient
+    return math.sqrt(sum_over_ranks([float(norm) ** 2])[0])  # each rank holds a part of every gradient
 
 
 def shared_counter(name: str) -> Callable[[int], int]:

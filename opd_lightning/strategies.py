@@ -39,9 +39,14 @@ if "fsdp2" not in StrategyRegistry.available_strategies():
 
 
 class _WholePrecision(FSDPPrecision):
-    """Lightning's own converts no frozen records and clips no gradient by its norm, which only the root knows."""
+    """Lightning's own makes weights float32 whatever they were loaded in, converts no frozen records and clips no gradient by
+    its norm, which only the root knows.
+    """
 
     root: Any
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
 
     def convert_input(self, data: Any) -> Any:
         return data
@@ -70,6 +75,11 @@ class FSDP1Strategy(FSDPStrategy):
         root: nn.Module | None = parallel.fsdp1_root(self.base)
         if root is not None:  # of an earlier fit or validate
             return root
+        if len(kinds := {str(p.dtype).removeprefix("torch.") for p in model.parameters()}) > 1:
+            raise ValueError(
+                f"trainer.strategy fsdp (FSDP1) cuts weights of one dtype, and this student has {' and '.join(sorted(kinds))} "
+                "(adapters are float32): load it with `--model.student.dtype float32`, or take `--trainer.strategy fsdp2`"
+            )
         layers: Any = self.base.get_decoder().layers  # type: ignore[operator]
         units = set(layers)
         policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda m: m in units)

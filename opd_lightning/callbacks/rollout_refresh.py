@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from opd_lightning import parallel
+from opd_lightning.callbacks.ahead import Ahead
 from opd_lightning.callbacks.asking import ask_ahead
 from opd_lightning.callbacks.pairing import declared_with, refuse_unfit_engine, refuse_unfit_teacher, remarks
 from opd_lightning.callbacks.prompt_probe import probe
@@ -46,6 +47,10 @@ class RolloutRefresh(Logging):
         every_n_steps: optimizer steps between two refreshes. 1 is strictly on-policy; more shows as staleness.
         passes: how often every rollout is used; divides every_n_steps.
         seed: of all rollouts; null takes ``seed_everything``.
+        ahead: write the next refresh while the student trains on this one, so that rollouts are one refresh older (see
+            ``train/staleness``): ``same`` on the student's device, or another, such as ``cuda:1``, which holds a copy of the
+            student. It changes what is trained, not only how fast. null writes when training waits. A finished run that is
+            extended begins with a fresh refresh.
 
     Raises:
         ValueError: for sizes that do not fit, naming the key.
@@ -59,6 +64,7 @@ class RolloutRefresh(Logging):
         every_n_steps: int = 1,
         passes: int = 1,
         seed: int | None = None,
+        ahead: str | None = None,
     ) -> None:
         if min(rollouts_per_prompt, every_n_steps, passes) < 1 or every_n_steps % passes:
             raise ValueError(
@@ -67,12 +73,13 @@ class RolloutRefresh(Logging):
             )
         self.source, self.sampler = source, sampler
         self.rollouts_per_prompt, self.every_n_steps, self.passes = rollouts_per_prompt, every_n_steps, passes
-        self.seed = run_seed(seed)
+        self.seed, self.ahead = run_seed(seed), ahead
         self.buffer: RolloutBuffer | None = None
         self.total_tokens = 0  # completion tokens handed to training so far, over all ranks
         self.measured: dict[str, float | torch.Tensor] = {}  # of the refresh in use; logged with every step of it
         self._loaded: dict[str, Any] | None = None
         self._alone = False
+        self._ahead: Ahead | None = None
 
     # ---- wiring: datamodule.setup, then callbacks, then module.setup, all before train_dataloader() ------------------------
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -91,6 +98,7 @@ class RolloutRefresh(Logging):
         trainer.accumulate_grad_batches = plan.accumulate
         if self.buffer is None or self.buffer.plan != plan:  # a second fit() keeps the buffer
             self.buffer = RolloutBuffer(plan, self.seed)
+        self._ahead = Ahead.of(self.ahead, trainer, self.sampler)
         self.buffer.refill = lambda refresh: self.refresh(trainer, pl_module, refresh)
         data.buffer = self.buffer
         data.total_micro_batches = trainer.max_steps * plan.accumulate if trainer.max_steps > 0 else 10**9
@@ -151,8 +159,13 @@ class RolloutRefresh(Logging):
                 objective,
                 student_writes=source.student_writes,
                 others_write=source.others_write,
-                steps_per_refresh=self.every_n_steps,
+                steps_per_refresh=self.every_n_steps * (2 if self.ahead else 1),
             )
+            if self.ahead and objective.record_top_k:
+                raise ValueError(
+                    "rollout.ahead keeps no record of the student's likeliest tokens, which this objective needs: leave it out "
+                    "(null), or take another support"
+                )
             if objective.needs_groups and self.rollouts_per_prompt < 2:
                 raise ValueError(
                     f"{_comparing(objective)} compares the rollouts of a prompt, and rollout.rollouts_per_prompt=1 leaves "
@@ -202,6 +215,7 @@ class RolloutRefresh(Logging):
             "seed": self.seed,
             "total_tokens": self.total_tokens,
             "measured": self.measured,
+            "ahead": self._ahead.state(self._alone) if self._ahead is not None else [],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -245,6 +259,9 @@ class RolloutRefresh(Logging):
         buffer.put(state["refresh"], rollout, [tuple(s * factor for s in step) for step in state["scales"]])
         if rest or buffer.position % plan.micro_batches:  # some of it is still to be trained on
             ask_ahead(trainer, pl_module, rollout)
+        if self._ahead is not None:
+            following = state["refresh"] + 1
+            self._ahead.restore(following, plan.local_rows(following), state.get("ahead", []))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._alone = True  # other ranks may be gone
@@ -255,17 +272,17 @@ class RolloutRefresh(Logging):
         assert self.buffer is not None
         plan = self.buffer.plan
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        rows = plan.local_rows(refresh)
         first_step = refresh * self.every_n_steps
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BeforeRefresh):
                 callback.before_refresh(trainer, pl_module, first_step)
-        prompts = [replace(data.prompt_at(row // self.rollouts_per_prompt), row=row) for row in rows]
+        prompts = self._prompts(data, refresh)
         started = time.perf_counter()
         writers = RunWriters(trainer, pl_module, self.sampler, self.seed, "rollout")
         objective = pl_module.objective_at(first_step)
         with pl_module.clock.phase("rollout", whole=True):
-            completions = self.source_at(pl_module, first_step).produce(prompts, writers)
+            written = self._ahead.take(refresh) if self._ahead is not None else None
+            completions = written or self.source_at(pl_module, first_step).produce(prompts, writers)
             prompts = data.inform(prompts, completions, self.rollouts_per_prompt)
             rollout = pl_module.join(prompts, completions)
             rollout = replace(rollout, group_size=self.rollouts_per_prompt)
@@ -288,6 +305,21 @@ class RolloutRefresh(Logging):
             with pl_module.clock.phase("teacher forward", whole=True):
                 ask_ahead(trainer, pl_module, rollout, save=True)
         self.buffer.put(refresh, rollout, self._scales(rollout, objective))
+        self._write_ahead(trainer, pl_module, refresh + 1)
+
+    def _prompts(self, data: Any, refresh: int) -> list[Prompt]:
+        """This rank's prompts of a refresh."""
+        assert self.buffer is not None
+        rows = self.buffer.plan.local_rows(refresh)
+        return [replace(data.prompt_at(row // self.rollouts_per_prompt), row=row) for row in rows]
+
+    def _write_ahead(self, trainer: Any, pl_module: Any, refresh: int) -> None:
+        """Begin with a refresh to come, if the student writes it."""
+        first_step = refresh * self.every_n_steps
+        over = 0 < trainer.max_steps <= first_step
+        if self._ahead is None or over or type(self.source_at(pl_module, first_step)) is not StudentSource:
+            return
+        self._ahead.start(refresh, self._prompts(trainer.datamodule, refresh), self.seed, self.sampler, trainer, pl_module)
 
     def _scales(self, rollout: Rollout, objective: Objective) -> list[tuple[float, ...]]:
         """The loss factors of every distinct optimizer step: micro-batches and ranks over the step's denominators."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
 from opd_lightning.strategies import FSDP1Strategy, refuse_split_weights
@@ -23,3 +24,11 @@ def test_lightnings_own_fsdp1_is_refused_and_the_flag_is_ours(tmp_path: Path) ->
 def test_fsdp1_computes_in_the_precision_of_its_weights(precision: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--model\.student\.dtype bfloat16.*fsdp2"):
         tiny_trainer(tmp_path, strategy="fsdp", precision=precision)
+
+
+def test_fsdp1_wants_one_dtype() -> None:
+    strategy = FSDP1Strategy()
+    strategy.base = torch.nn.Linear(2, 2)
+    mixed = torch.nn.Sequential(strategy.base, torch.nn.Linear(2, 2, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"bfloat16 and float32 \(adapters are float32\).*fsdp2"):
+        strategy._setup_model(mixed)

@@ -84,12 +84,12 @@ def test_checkpointed_activations_change_nothing(pair: tuple[Path, Path], tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora+bfloat16", "full+bfloat16"])
-def test_bfloat16_weights(kind: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "strategies"), [("lora+bfloat16", ("ddp", "fsdp2")), ("full+bfloat16", SHARED)])
+def test_bfloat16_weights(kind: str, strategies: tuple[str, ...], pair: tuple[Path, Path], tmp_path: Path) -> None:
     """The first refresh is the same; then roundings add up in another order and completions part."""
     alone = run(tmp_path / "one", pair, "auto", devices=1, micro=4, kind=kind)
-    two_processes("tests/strategies/swap_run.py", tmp_path, *pair, *(f"{s}:{s}:{kind}" for s in SHARED))
-    for strategy in SHARED:
+    two_processes("tests/strategies/swap_run.py", tmp_path, *pair, *(f"{s}:{s}:{kind}" for s in strategies))
+    for strategy in strategies:
         found = torch.load(tmp_path / f"{strategy}.pt", weights_only=True)
         assert {w.dtype for w in found["weights"].values()} == {w.dtype for w in alone["weights"].values()}
         assert all(found["rollouts"][row] == alone["rollouts"][row] for row in range(16))
