@@ -95,11 +95,16 @@ class OPDTrainer(pl.Trainer):
             who: who writes.
             out: JSON-lines file for the completions, beside the terminal.
             ckpt_path: checkpoint of the student; the untrained student if left out.
+
+        Raises:
+            ValueError: without any prompt.
         """
         assert isinstance(model, OPDModule)
         assert isinstance(datamodule, PromptDataModule)
         if prompt:
             datamodule.replace_prompts(GivenPrompts(prompt))
+        elif not datamodule.held_out and datamodule.held_out_prompts is None:
+            raise ValueError("no held-out prompts: give --prompt '[\"...\"]', data.held_out or data.held_out_prompts")
         datamodule.limit_held_out = None if prompt else count
         model.writer = who
         batches: Any = self.predict(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opd_lightning import trainer as trainer_module
-from tests.helpers import tiny_trainer
+from tests.helpers import tiny_data, tiny_module, tiny_trainer
 
 
 @pytest.fixture
@@ -37,3 +37,8 @@ def test_the_precision_of_float32_products_is_set_and_measured(tmp_path: Path, l
 def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.float32_matmul='low'.*medium"):
         tiny_trainer(tmp_path, float32_matmul="low")
+
+
+def test_generating_without_any_prompt_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--prompt.*data\.held_out"):
+        tiny_trainer(tmp_path).generate(tiny_module(pair), tiny_data(held_out=0))

@@ -79,8 +79,6 @@ class Misfortune(pl.Callback):
             raise KeyError("a callback of the user's own")
         if fails("logger folder"):
             shutil.rmtree(run / "logs")
-        if fails("checkpoint folder"):
-            shutil.rmtree(run / "checkpoints")
         if trainer.global_rank == 1 and fails("rank"):
             os.kill(os.getpid(), signal.SIGKILL)
         if trainer.is_global_zero and fails("full disk"):
