@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.inspect import textbook
-from opd_lightning.objectives import GAE, KStep, LengthNormalised, Objective, SequenceMean, TopK, WrittenToken
+from opd_lightning.objectives import GAE, Additive, KStep, LengthNormalised, Objective, SequenceMean, TopK, WrittenToken
 from opd_lightning.objectives.gates import View
 from opd_lightning.objectives.validate import bias_of_route
 from opd_lightning.ops import logprobs as lp
@@ -93,12 +93,18 @@ def refuse_without_closed_form(objective: Objective, writer: Writer) -> None:
         (any(gate.depends_on != "state" for gate in objective.gates), "gates that look at drawn tokens"),
         (bool(bias_of_route(objective)), "routes that add a pull of their own"),
         (isinstance(objective.credit, LengthNormalised), "LengthNormalised"),
-        (bool(objective.outcome.title), "outcomes"),
+        (bool(objective.outcome.title) and not _plainly_added(objective, writer), "outcomes"),
         (bool(objective.support.record_top_k) and writer == "sampler", "the support of another student"),
         (isinstance(objective.reduction, SequenceMean) and _looks_further(objective), "this under SequenceMean"),
     ):
         if found:
             raise ValueError(f"no closed form for {what}; compare `moments_of` with a sum over `world.paths` of your own")
+
+
+def _plainly_added(objective: Objective, writer: Writer) -> bool:
+    """Grades whose policy gradient nothing else weighs."""
+    weighed = objective.gates or isinstance(objective.reduction, SequenceMean) or writer != "student"
+    return isinstance(objective.outcome, Additive) and not weighed
 
 
 def _looks_further(objective: Objective) -> bool:

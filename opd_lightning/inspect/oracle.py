@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.inspect import declared
-from opd_lightning.objectives import Extras, Objective, SequenceMean
+from opd_lightning.objectives import Additive, Extras, Objective, SequenceMean
 from opd_lightning.types import NOT_A_STUDENT, Completion, Prompt, Rollout, TableLaws
 
 StateDivergence = Callable[[Tensor, Tensor], Tensor]
@@ -313,7 +313,16 @@ class TabularWorld:
         if isinstance(objective.reduction, SequenceMean):
             return declared.per_completion(self, objective, local, writer)
         after = declared.credited(self, objective, local, critic)
-        return self._field(local.value, after, writer, declared.gate_weights(self, objective, local))
+        field = self._field(local.value, after, writer, declared.gate_weights(self, objective, local))
+        return field - objective.outcome.weight * self.graded() if isinstance(objective.outcome, Additive) else field
+
+    def graded(self) -> Tensor:
+        """(S, V) gradient of the expected grade of the student's completions."""
+        law = self.student.log_softmax(-1)
+        chances = torch.stack([law[list(path.states), list(path.tokens)].sum() for path in self.paths]).exp()
+        grades = torch.tensor([self.grade(path) for path in self.paths], dtype=torch.float64)
+        (gradient,) = torch.autograd.grad((chances * grades).sum(), self.student)
+        return gradient
 
     def _field(self, local: Tensor, after: Tensor | None, writer: Writer, weights: Tensor | None = None) -> Tensor:
         """Gradient of every state's own divergence plus what its tokens answer for, on the writer's states."""

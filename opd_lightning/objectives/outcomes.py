@@ -42,6 +42,7 @@ class Outcome(Configurable, ABC):
         """Rollouts that are learnt from; None for all."""
         return None
 
+    @abstractmethod
     def combine(
         self,
         advantage: Float[Tensor, "B T"],
@@ -59,7 +60,6 @@ class Outcome(Configurable, ABC):
             group: number of the group that each rollout belongs to.
             progress: share of the run that is done.
         """
-        return advantage
 
     def named(self, divergence: str) -> str:
         """The declared target, from that of the divergence alone."""
@@ -69,15 +69,11 @@ class Outcome(Configurable, ABC):
 class NoOutcome(Outcome):
     """Nobody is graded: distillation alone."""
 
-
-class _OnTokens(Outcome):
-    on_tokens = True
-
-    @abstractmethod
-    def combine(self, advantage: Tensor, counts: Tensor, outcome: Tensor, group: Tensor, progress: float) -> Tensor: ...
+    def combine(self, advantage: Tensor, counts: Tensor, outcome: Tensor, group: Tensor, progress: float) -> Tensor:
+        return advantage
 
 
-class Additive(_OnTokens):
+class Additive(Outcome):
     """``A_t + weight (R - mean of the R of the prompt's other rollouts)``, R the grade: distillation and reinforcement summed.
 
     The expected gradient is that of ``E D - weight E R``, exactly: the other rollouts are drawn independently of this one. With
@@ -90,6 +86,8 @@ class Additive(_OnTokens):
     Raises:
         ValueError: for a weight that is not positive.
     """
+
+    on_tokens = True
 
     def __init__(self, weight: float = 1.0, grouped: bool = True) -> None:
         if weight <= 0.0:
@@ -105,13 +103,14 @@ class Additive(_OnTokens):
         return f"{divergence} - {self.weight:g} x expected grade"
 
 
-class Bounded(_OnTokens):
+class Bounded(Outcome):
     """``A_t / (mean_k |A_k| + |A_t|) + R`` with R = 1 for a right completion and -1 for a wrong one (RBM of gammaOPD).
 
     The first part lies strictly between -1 and 1, so every token of a right completion is raised and every token of a wrong one
     lowered; the teacher says how much. The mean is over the completion's own tokens.
     """
 
+    on_tokens = True
     title = "bounded, signed by the grade"
     bias = "advantages are bounded by their mean over the drawn completion and shifted by its grade: the gradient of no scalar"
     replaces = True
@@ -127,7 +126,7 @@ class Bounded(_OnTokens):
         return f"expected grade, magnitudes shaped by the {divergence}"
 
 
-class MagnitudeOnly(_OnTokens):
+class MagnitudeOnly(Outcome):
     """``R' ((1 - m) + m clip(exp(sign(R') A_t), 1 - bound, 1 + bound))`` (RLSD, arXiv 2604.03128).
 
     R' is the grade less the mean of the prompt's other rollouts, A_t the log-ratio of teacher and student. The factor is
@@ -144,6 +143,7 @@ class MagnitudeOnly(_OnTokens):
         ValueError: for numbers outside their interval.
     """
 
+    on_tokens = True
     needs_groups = True
     replaces = True
     title = "magnitudes shaped by the teacher"
@@ -192,6 +192,9 @@ class OutcomeFilter(Outcome):
 
     def rows(self, outcome: Tensor) -> Tensor:
         return (outcome >= RIGHT) == (self.keep == "right")
+
+    def combine(self, advantage: Tensor, counts: Tensor, outcome: Tensor, group: Tensor, progress: float) -> Tensor:
+        return advantage
 
 
 def _against_group(outcome: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

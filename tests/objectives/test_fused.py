@@ -50,7 +50,8 @@ def rollout() -> Rollout:
         Completion(tuple(torch.randint(2, VOCAB, (n,), generator=generator).tolist()), (-2.3,) * n, True, 0) for n in LENGTHS
     ]
     made = Rollout.of(prompts, written, 0)
-    return replace(made, top_ids=torch.rand(*made.mask.shape, VOCAB, generator=generator).argsort(-1))
+    top_ids = torch.rand(*made.mask.shape, VOCAB, generator=generator).argsort(-1)
+    return replace(made, top_ids=top_ids, outcome=torch.linspace(0.0, 1.0, len(made)))
 
 
 @dataclass

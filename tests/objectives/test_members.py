@@ -33,8 +33,21 @@ from opd_lightning.objectives.validate import refuse_unfit_source
 from opd_lightning.types import Completion, Prompt, Rollout
 from tests.objectives.textbook import world
 
-AXES = ("Divergence", "Support", "Credit", "Baseline", "Reduction", "Target", "Gate", "Shaper", "Route", "Correction")
+AXES = (
+    "Divergence",
+    "Support",
+    "Credit",
+    "Baseline",
+    "Reduction",
+    "Target",
+    "Gate",
+    "Shaper",
+    "Route",
+    "Correction",
+    "Outcome",
+)
 ARGUMENTS: dict[str, list[dict]] = {
+    "Additive": [{}, {"grouped": False}],
     "Amari": [{"alpha": 0.5}, {"alpha": -0.5}],
     "Renyi": [{"alpha": 0.5}],
     "SkewForwardKL": [{"alpha": 0.1}],
@@ -57,6 +70,7 @@ ARGUMENTS: dict[str, list[dict]] = {
     "FirstTokens": [{"count": 2}],
     "GAE": [{}, {"gamma": 0.0}, {"gamma": 1.0, "lam": 1.0}, {"train_critic": False}],
     "KStep": [{"k": 1}, {"k": 2}],
+    "OutcomeFilter": [{"keep": "right"}, {"keep": "wrong"}],
     "SampledToken": [{}, {"k": 1}],
     "PositionDecay": [{"gamma": 0.5}],
     "PrefixProduct": [{}, {"cap": 3.0}],
@@ -95,7 +109,7 @@ def test_every_member_is_exported() -> None:
     def leaves(cls: type) -> set[type]:
         below = cls.__subclasses__()
         named = not isabstract(cls) and not cls.__name__.startswith("_")
-        own = {cls} if named and cls.__module__.startswith("opd_lightning") else set()
+        own = {cls} if named and cls.__module__.startswith("opd_lightning.objectives") else set()
         return own.union(*map(leaves, below))
 
     for axis in AXES:
@@ -106,15 +120,15 @@ def test_every_member_is_exported() -> None:
 # ---- accepted combinations -----------------------------------------------------------------------------------------------
 
 WORLDS = {"fixed": world(4, 2, seed=2), "eos": world(3, 3, seed=3, eos=2)}
-KEYS = ("divergence", "support", "credit", "baseline", "reduction", "target", "gates", "shaper", "route", "correction")
+KEYS = tuple("gates" if axis == "Gate" else axis.lower() for axis in AXES)
 
 
 def accepted(count: int, seed: int) -> list[Objective]:
-    """Random picks of every axis that the validator lets pass; the last five axes mostly stay at their default."""
+    """Random picks of every axis that the validator lets pass; the last six axes mostly stay at their default."""
     random, found = Random(seed), []
     while len(found) < count:
         picks = {key: random.choice(MEMBERS[axis]) for key, axis in zip(KEYS, AXES, strict=True)}
-        for key in ("target", "gates", "shaper", "route", "correction", "baseline"):
+        for key in ("target", "gates", "shaper", "route", "correction", "outcome", "baseline"):
             if random.random() < 0.6:
                 del picks[key]
         if "gates" in picks:
@@ -239,7 +253,8 @@ def rollout_of(seed: int) -> Rollout:
         Completion(tuple(torch.randint(VOCAB, (n,), generator=generator).tolist()), (-1.6,) * n, True, 0) for n in LENGTHS
     ]
     rollout = Rollout.of([Prompt(i, "", (1,), row=i) for i in range(len(LENGTHS))], written, 0)
-    return replace(rollout, top_ids=torch.rand(*rollout.mask.shape, VOCAB, generator=generator).argsort(-1))
+    top_ids = torch.rand(*rollout.mask.shape, VOCAB, generator=generator).argsort(-1)
+    return replace(rollout, top_ids=top_ids, outcome=torch.tensor([1.0, 0.0, 0.75]))
 
 
 def tables(case: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
