@@ -74,6 +74,7 @@ def close(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.allclose(x, y, rtol=1e-9, atol=1e-11) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 def test_what_is_accepted_is_exact_and_what_is_refused_is_not(world: tuple) -> None:
     student, law, rollout, told = world
     accepted, refused_rightly, refused = 0, 0, 0
