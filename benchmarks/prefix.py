@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harness import alternate, chosen, parser, ratio, report, say, summary, table
-from opd_lightning.models.distributions import laws_of
+from opd_lightning.models.distributions import laws_of, pack_rows
 from opd_lightning.types import Rendering
 from pairs import load, prepare
 
@@ -78,6 +78,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for who in cases:
         exact: Any = load(folders[who], "float32").eval()
+        pack_rows(exact)
         vocab = exact.config.vocab_size
         small = group(3, 32, 8, vocab)
         with torch.no_grad():
@@ -87,13 +88,15 @@ def main() -> None:
         if not error <= TOLERANCE:
             raise SystemExit(f"{who}: the hidden states differ by more than {TOLERANCE:g}: no timing counts")
         del exact
-        model: Any = load(folders[who], "bfloat16").train(who == "student")
+        model, padded = (load(folders[who], "bfloat16").train(who == "student") for _ in range(2))
+        pack_rows(model)
         text = group(given.group, given.prompt_tokens, given.new_tokens, vocab)
         sides: dict[str, Callable[[], Tensor]] = {
             "ours": partial(shared, model, text, vocab),
-            "padded": partial(plain, model, text),
+            "padded": partial(plain, padded, text),
         }
-        timed = {n: forward(f) if who == "teacher" else forward_backward(f, model) for n, f in sides.items()}
+        models = {"ours": model, "padded": padded}
+        timed = {n: forward(f) if who == "teacher" else forward_backward(f, models[n]) for n, f in sides.items()}
         taken = alternate(timed, given.rounds, given.warmup)
         found[who] = {n: summary(s) for n, s in taken.items()}
     rows, prompt, new = given.group, given.prompt_tokens, given.new_tokens

@@ -76,6 +76,7 @@ def ours() -> Loss:
     """Our objective, as a training step calls it."""
     from opd_lightning.models.distributions import DenseLaws
     from opd_lightning.objectives import Objective, ReverseKL
+    from opd_lightning.ops.heads import Head
     from opd_lightning.types import Completion, Prompt, Rollout
 
     objective = Objective(ReverseKL())
@@ -91,8 +92,8 @@ def ours() -> Loss:
     def loss(given: Inputs) -> Tensor:
         size = len(given.student), given.student_head.out_features
         made.setdefault(size, rollout(*size))
-        student = DenseLaws(given.student, given.student_head, size[1])
-        teacher = DenseLaws(given.teacher, given.teacher_head, size[1])
+        student = DenseLaws(given.student, Head(given.student_head, size[1]), size[1])
+        teacher = DenseLaws(given.teacher, Head(given.teacher_head, size[1]), size[1])
         return objective(student, teacher, made[size].to(given.student.device)).loss
 
     return loss

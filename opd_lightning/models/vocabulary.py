@@ -99,15 +99,14 @@ def special_differences(ours: Vocabulary, theirs: Vocabulary, name: str) -> list
         theirs: of the other model.
         name: of that model.
     """
-    names: Any = ours.tokenizer.convert_ids_to_tokens
     out = []
     for who, extra in (
         (name, sorted(set(theirs.eos_ids) - set(ours.eos_ids))),
         ("the student", sorted(set(ours.eos_ids) - set(theirs.eos_ids))),
     ):
         if extra:
-            spelled = [t or theirs.tokenizer.convert_ids_to_tokens(i) for i, t in zip(extra, names(extra), strict=True)]
-            out.append(f"EOS: {', '.join(map(str, spelled))} ends a text for {who} alone")
+            spelled = [_token(ours, i) or _token(theirs, i) or f"id {i}" for i in extra]
+            out.append(f"EOS: {', '.join(spelled)} ends a text for {who} alone")
     begins = ours.tokenizer.bos_token, theirs.tokenizer.bos_token
     if begins[0] != begins[1]:
         out.append(
@@ -116,6 +115,12 @@ def special_differences(ours: Vocabulary, theirs: Vocabulary, name: str) -> list
     if theirs.tokenizer.chat_template != ours.tokenizer.chat_template:
         out.append(f"template: {name} was trained with another chat template; both read the student's")
     return out
+
+
+def _token(vocabulary: Vocabulary, i: int) -> str | None:
+    """The token of an id; None for one that has none, as the -1 of a model whose text never ends by itself."""
+    found: Any = vocabulary.tokenizer.convert_ids_to_tokens(i) if i >= 0 else None
+    return None if found is None else str(found)
 
 
 def prove_rows(vocabulary: Vocabulary, rows: dict[str, int]) -> str:

@@ -11,7 +11,7 @@ from opd_lightning.models.distributions import head_of, laws_of, prove_head
 from opd_lightning.models.loading import load_model, resolve
 from opd_lightning.models.students import kept_layers, prune_layers
 from opd_lightning.models.tiny import save_tiny
-from opd_lightning.models.vocabulary import prove_rows, prove_same_tokens
+from opd_lightning.models.vocabulary import prove_rows, prove_same_tokens, special_differences
 from opd_lightning.types import Rendering
 
 TEXT = Rendering.of([(1, 5, 6), (1, 7)], [(8, 9, 2), (4, 2)], pad_id=0)
@@ -218,3 +218,11 @@ def test_a_checkpoints_sampling_settings_are_dropped(pair: tuple[Path, Path], tm
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.top_k == 7
     assert load_model(str(tmp_path)).generation_config.top_k != 7
+
+
+def test_an_end_that_is_no_token_is_told_apart_in_words() -> None:
+    """-1 in a model's configuration: a text that never ends by itself."""
+    theirs = Student("zoo/addition/teacher").tokenizer()
+    ours, never = Vocabulary.of(theirs), Vocabulary.of(theirs, (-1,))
+    assert special_differences(ours, never, "the teacher") == ["EOS: id -1 ends a text for the teacher alone"]
+    assert special_differences(never, ours, "the teacher") == ["EOS: id -1 ends a text for the student alone"]
