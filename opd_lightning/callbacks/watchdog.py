@@ -91,9 +91,9 @@ def _say(trainer: Any, pl_module: Any, frames: list[FrameType], seconds: float, 
     joined = next((f.f_code.co_name for f in frames if "distributed" in f.f_code.co_filename.split("/")), None)
     where = f"{Path(own.f_code.co_filename).name}:{own.f_lineno} ({own.f_code.co_name})" if own is not None else "nowhere"
     waiting = f"waits in {joined} for" if joined is not None and not more else "has been there for"
-    print(
+    line = (
         f"watchdog: rank {trainer.global_rank} of {trainer.world_size}: optimizer step {trainer.global_step}, phase "
-        f"`{pl_module.clock.current}`, at {where}; {waiting} {seconds:.0f} s{more}",
-        file=sys.stderr,
-        flush=True,
+        f"`{pl_module.clock.current}`, at {where}; {waiting} {seconds:.0f} s{more}\n"
     )
+    sys.stderr.write(line)  # in one piece, its end included: the ranks speak at the same moment, to the same pipe
+    sys.stderr.flush()

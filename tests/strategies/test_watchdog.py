@@ -14,27 +14,28 @@ from opd_lightning.callbacks import Watchdog
 from opd_lightning.trainer import OPDTrainer
 from tests.strategies.test_splits import ROOT
 
-LINE = re.compile(r"watchdog: rank (\d) of 2: optimizer step (\d+), phase `([\w ]+)`, at (\S+) \((\w+)\); (.*) for (\d+) s")
+LINE = re.compile(
+    r"watchdog: rank (\d) of 2: optimizer step (\d+), phase `([\w ]+)`, at (\S+) \((\w+)\); ([^;\n]*?) for (\d+) s"
+)
 
 
 def lines(pair: tuple[Path, Path], root: Path, *seconds: float) -> tuple[int, dict[str, re.Match[str]], str]:
     command = [sys.executable, str(ROOT / "tests/strategies/watch_run.py"), str(root), *map(str, (*pair, *seconds))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    found = [match for line in done.stderr.splitlines() if (match := LINE.search(line))]
-    return done.returncode, {match[1]: match for match in found}, done.stderr
+    return done.returncode, {match[1]: match for match in LINE.finditer(done.stderr)}, done.stderr
 
 
 @pytest.mark.slow
 def test_the_sleeping_rank_is_named_before_the_time_out(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    code, said, everything = lines(pair, tmp_path, 2.0, 16.0, 8.0)
-    assert code != 0  # the process group gave up, after 8 seconds
-    assert sorted(said) == ["0", "1"], everything[-3000:]
+    code, said, everything = lines(pair, tmp_path, 2.0, 26.0, 20.0)
+    assert code != 0  # the process group gave up, after 20 seconds
+    assert sorted(said) == ["0", "1"], "\n".join(re.findall(".*watchdog.*", everything)) or everything[-3000:]
     waiting, asleep = said["0"], said["1"]
     assert waiting[2] == asleep[2] == "2"  # the third step
     assert "watch_run.py" in asleep[4] and asleep[5] == "fall_asleep" and asleep[3] == "rollout"
     assert "waits in" in waiting[6] and "parallel.py" in waiting[4]  # it has written its own and waits for the other's
-    assert 2 <= int(waiting[7]) < 8
+    assert 2 <= int(waiting[7]) < 20
     assert everything.index("watchdog: rank") < everything.lower().index("timed out")
 
 
