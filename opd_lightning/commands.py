@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -16,14 +15,14 @@ from opd_lightning import configfiles
 from opd_lightning.inspect.race import Settings
 from opd_lightning.inspect.race import run as run_race
 from opd_lightning.inspect.setups import side_by_side
-from opd_lightning.preflight import Reader, doctor, inspect_pair, pick_teacher
+from opd_lightning.preflight import Reader, doctor, inspect_pair, pick_teacher, understood, verb
 from opd_lightning.zoo.build import build, show
 
 
 def configs(words: list[str], read: Reader) -> int:
     """``opd configs``."""
     about = "Lists the configurations that ship with the package, one line each."
-    parser = argparse.ArgumentParser("opd configs", description=about)
+    parser = verb("configs", about, config=False)
     parser.add_argument(
         "--methods", action="store_true", help="the methods as a table: states, divergence, support, credit, ..."
     )
@@ -61,13 +60,7 @@ runs that differ in their seeds alone share a curve, its band is the standard de
 
 def report(words: list[str], read: Reader) -> int:
     """``opd report``."""
-    parser = argparse.ArgumentParser(
-        "opd report",
-        description=REPORT,
-        epilog="example: opd report runs/quickstart runs/other",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = verb("report", REPORT, "example: opd report runs/quickstart runs/other", config=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, e.g. runs/quickstart")
     parser.add_argument("--label", default="opd", help="name of the run's row, for one run (default: %(default)s)")
     parser.add_argument("--controls", nargs="*", help="controls below RUN/controls that are shown (default: all)")
@@ -102,22 +95,11 @@ Exit code: 0 all finished, 1 some failed, 2 refused before the first run, 130 or
 
 def race(argv: list[str], read: Reader) -> int:
     """Train several methods with several seeds and compare them (see `RACE`)."""
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "opd race", description=RACE, epilog=RACE_ENDING, formatter_class=plain, allow_abbrev=False
-    )
+    parser = verb("race", RACE, RACE_ENDING)
     parser.usage = (
         "opd race -c CONFIG --methods METHOD ... --seeds SEED ... [--max_steps N] [--folder FOLDER] [any flag of opd fit]"
     )
     add = parser.add_argument
-    add(
-        "-c",
-        "--config",
-        action="append",
-        default=[],
-        metavar="CONFIG",
-        help="below all runs: models, data, optimizer; repeatable",
-    )
     add("--methods", nargs="*", default=[], metavar="METHOD", help="configurations laid over it; `all` for all that ship")
     add("--seeds", nargs="*", default=[], type=int, metavar="SEED", help="of each method, three or more for honest spreads")
     add("--max_steps", type=int, metavar="N", help="optimizer steps of a run (default: the configuration's)")
@@ -152,8 +134,7 @@ exit code: 0 no defect found, 1 a defect was found, 2 the loss cannot be audited
 
 def audit_loss(words: list[str], read: Reader) -> int:
     """``opd audit-loss``."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("opd audit-loss", description=AUDIT_HELP, epilog=AUDIT_EXIT, formatter_class=layout)
+    parser = verb("audit-loss", AUDIT_HELP, AUDIT_EXIT, config=False)
     parser.add_argument("loss", metavar="FILE.py:FUNCTION", help="the loss to audit")
     parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
     parser.add_argument("--vocab", type=int, default=5, help="tokens of the small world, 4 to 16 (default: 5)")
@@ -169,9 +150,7 @@ def audit_loss(words: list[str], read: Reader) -> int:
 def diff(words: list[str], read: Reader) -> int:
     """``opd diff``."""
     about = "Compares two configurations in terms of what they train: only what differs, then what each of them descends."
-    parser = argparse.ArgumentParser(
-        "opd diff", description=about, epilog="example: opd diff methods/opd.yaml methods/gkd.yaml"
-    )
+    parser = verb("diff", about, "example: opd diff methods/opd.yaml methods/gkd.yaml", config=False)
     parser.add_argument("first", help="a configuration: a file, or a shipped name (see `opd configs`)")
     parser.add_argument("second", help="another one")
     given = parser.parse_args(words)
@@ -193,13 +172,8 @@ def validate_config(words: list[str], read: Reader) -> int:
         "example: opd validate-config -c quickstart.yaml --model.objective.support SampledToken\n"
         "All other keys of `opd fit` are understood too. exit code: 0 accepted, 2 refused, with the line to write instead"
     )
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("opd validate-config", description=about, epilog=more, formatter_class=layout)
-    parser.add_argument("-c", "--config", action="append", help="a file or a shipped name; several are laid over each other")
-    if {"-h", "--help"} & set(words):
-        parser.print_help()
-        return 0
-    print("\n".join(read(words).declared()))
+    _, flags = understood(verb("validate-config", about, more), words)
+    print("\n".join(read(flags).declared()))
     return 0
 
 
@@ -213,25 +187,18 @@ told about the row and under what it is told about other rows."""
 
 def pi_floor(words: list[str], read: Reader) -> int:
     """``opd pi-floor``."""
-    parser = argparse.ArgumentParser(
-        "opd pi-floor",
-        description=FLOOR,
-        epilog="example: opd pi-floor -c methods/opsd.yaml\nwith -c, other keys of `opd fit` are understood",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
+    ending = "example: opd pi-floor -c methods/opsd.yaml\nwith -c, other keys of `opd fit` are understood"
+    parser = verb("pi-floor", FLOOR, ending)
     parser.add_argument("--rows", type=int, default=16, help="with -c: rows of the training set (default: %(default)s)")
     parser.add_argument("--tellings", type=int, default=8, help="with -c: the row's own and others' (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs/pi_floor"), help="where it writes (default: %(default)s)")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="worlds (default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each training (default: %(default)s)")
-    given, flags = parser.parse_known_args(words)
+    given, flags = understood(parser, words)
     if given.config:
         from opd_lightning.inspect.tellings import estimate
 
-        setup = read([*(word for name in given.config for word in ("-c", name)), *flags])
-        print(estimate(setup, given.rows, given.tellings))
+        print(estimate(read(flags), given.rows, given.tellings))
         return 0
     if flags:
         parser.error(f"unrecognized arguments without -c: {' '.join(flags)}")
@@ -266,18 +233,13 @@ def resume_drill(words: list[str], read: Reader) -> int:
     from opd_lightning.inspect import drill
     from opd_lightning.inspect.moments import MOMENTS
 
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "opd resume-drill", description=DRILL, epilog=DRILL_ENDING, formatter_class=layout, allow_abbrev=False
-    )
+    parser = verb("resume-drill", DRILL, DRILL_ENDING)
     add = parser.add_argument
-    add("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
     add("--moments", nargs="+", choices=list(MOMENTS), default=list(MOMENTS), help="where (default: all)")
     add("--ways", nargs="+", choices=drill.WAYS, default=list(drill.WAYS), help="how (default: all)")
     add("--folder", type=Path, help="keep all runs there (default: a temporary folder, kept only if something differs)")
     add("--json", action="store_true", help="print plain data instead of a table")
-    given, flags = parser.parse_known_args(words)
-    flags = [*(word for name in given.config for word in ("-c", name)), *flags]
+    given, flags = understood(parser, words)
     outcomes, absent = drill.run(flags, read(flags), given.folder, given.moments, given.ways, drill.progress)
     print(drill.as_json(outcomes, absent) if given.json else drill.table(outcomes, absent))
     return 0 if all(not o.differs for o in outcomes) else 1

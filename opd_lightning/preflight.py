@@ -29,24 +29,39 @@ exit code: 0 go, 1 any other verdict, 2 the configuration cannot be used
 """
 
 
-def _examiner(prog: str, about: str, ending: str) -> argparse.ArgumentParser:
+def verb(name: str, about: str, ending: str = "", config: bool = True) -> argparse.ArgumentParser:
+    """A parser of ``opd NAME``; with `config` it takes configurations, as ``opd fit`` does."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        f"opd {name}", description=about, epilog=ending, formatter_class=layout, allow_abbrev=False
+    )
+    if config:
+        parser.add_argument("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
+    return parser
+
+
+def understood(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What a verb was given, and the words that are meant for ``opd fit``: its configurations and everything unknown."""
+    given, flags = parser.parse_known_args(words)
+    return given, [*(word for name in given.config for word in ("-c", name)), *flags]
+
+
+def _examiner(name: str, about: str, ending: str) -> argparse.ArgumentParser:
     """A parser with the flags of an examination."""
     from docstring_parser import parse
 
     from opd_lightning.inspect.verdict import Thresholds
 
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog, description=about, epilog=ending, formatter_class=layout, allow_abbrev=False)
+    parser = verb(name, about, ending)
     add = parser.add_argument
-    add("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
     add("--prompts", type=int, default=16, help="training prompts to look at (default: %(default)s)")
     add("--samples", type=int, default=4, help="completions of each (default: %(default)s)")
     add("--k", type=int, default=0, help="size of the top-k sets (default: 16, or a fifth of a small vocabulary)")
     group = parser.add_argument_group("thresholds")
     for about_one in parse(Thresholds.__doc__ or "").params:
-        name, text = about_one.arg_name, (about_one.description or "").replace("\n", " ").replace("%", "%%")
-        default = getattr(Thresholds, name)
-        group.add_argument(f"--{name}", type=float, default=default, help=f"{text} (default: {default:g})")
+        key, text = about_one.arg_name, (about_one.description or "").replace("\n", " ").replace("%", "%%")
+        default = getattr(Thresholds, key)
+        group.add_argument(f"--{key}", type=float, default=default, help=f"{text} (default: {default:g})")
     return parser
 
 
@@ -58,12 +73,11 @@ def _thresholds(given: argparse.Namespace) -> Any:
 
 def doctor(words: list[str], read: Reader) -> int:
     """``opd doctor``."""
-    parser = _examiner("opd doctor", DOCTOR, DOCTOR_ENDING)
+    parser = _examiner("doctor", DOCTOR, DOCTOR_ENDING)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
     parser.add_argument("--cost", action="store_true", help="only time and memory of a step: forecast and measurement")
     parser.add_argument("--no-measure", action="store_true", help="with --cost: do not run three steps beside the forecast")
-    given, flags = parser.parse_known_args(words)
-    flags = [*(word for name in given.config for word in ("-c", name)), *flags]
+    given, flags = understood(parser, words)
     setup = read(flags)
     if given.cost:
         from opd_lightning.inspect.cost import cost
@@ -93,14 +107,13 @@ exit code: 0 the best one is a `go`, 1 none is, 2 the configuration or a name ca
 
 def pick_teacher(words: list[str], read: Reader) -> int:
     """``opd pick-teacher``."""
-    parser = _examiner("opd pick-teacher", PICK, PICK_ENDING)
+    parser = _examiner("pick-teacher", PICK, PICK_ENDING)
     parser.add_argument("--teachers", nargs="+", required=True, metavar="TEACHER", help="the candidates")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well, best first")
-    given, flags = parser.parse_known_args(words)
+    given, flags = understood(parser, words)
     from opd_lightning.inspect import choice
 
-    setup = read([*(word for name in given.config for word in ("-c", name)), *flags])
-    found = choice.pick(setup, given.teachers, given.prompts, given.samples, given.k, _thresholds(given))
+    found = choice.pick(read(flags), given.teachers, given.prompts, given.samples, given.k, _thresholds(given))
     print(choice.table(found))
     if given.json:
         plain = [{"teacher": c.name, **c.diagnosis.to_dict()} for c in found]
@@ -116,19 +129,12 @@ mode, chat templates, tokens that end a text. No weights are loaded."""
 
 def inspect_pair(words: list[str], read: Reader) -> int:
     """``opd inspect-pair``."""
-    parser = argparse.ArgumentParser(
-        "opd inspect-pair",
-        description=PAIR,
-        epilog="example: opd inspect-pair -c experiments/smollm2_system_prompt.yaml\nother keys of `opd fit` are understood",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("-c", "--config", action="append", default=[], help="a file or a shipped name; repeatable")
+    ending = "example: opd inspect-pair -c experiments/smollm2_system_prompt.yaml\nother keys of `opd fit` are understood"
+    parser = verb("inspect-pair", PAIR, ending)
     parser.add_argument("--rows", type=int, default=1, help="rows of the training set (default: %(default)s)")
     parser.add_argument("--width", type=int, help="characters of a line (default: the terminal's)")
-    given, flags = parser.parse_known_args(words)
+    given, flags = understood(parser, words)
     from opd_lightning.inspect.pairs import show as show_pair
 
-    setup = read([*(word for name in given.config for word in ("-c", name)), *flags])
-    print(show_pair(setup, given.rows, given.width or shutil.get_terminal_size((120, 24)).columns))
+    print(show_pair(read(flags), given.rows, given.width or shutil.get_terminal_size((120, 24)).columns))
     return 0

@@ -287,8 +287,8 @@ class RolloutRefresh(Logging):
             rollout = pl_module.join(prompts, completions)
             rollout = replace(rollout, group_size=self.rollouts_per_prompt)
             if objective.needs_outcome:
-                grades = data.grades(prompts, completions, data.prompt_set.grader())
-                rollout = replace(rollout, outcome=torch.tensor(grades, dtype=torch.float32))
+                grades = torch.tensor(writers.grade(prompts, completions), dtype=torch.float32)
+                rollout = replace(rollout, outcome=grades)
             if k := min(objective.record_top_k, pl_module.vocabulary.size):
                 with trainer.precision_plugin.forward_context():
                     rollout = replace(rollout, top_ids=pl_module.top_ids(rollout, k, plan.micro_batch_size))

@@ -191,9 +191,13 @@ class PromptDataModule(pl.LightningDataModule):
 
     def grades(self, prompts: Sequence[Prompt], written: Sequence[Completion], grader: Grader) -> list[float]:
         """The grade of one completion a prompt."""
+        return [attempt.score for attempt in self._attempts(prompts, written, grader)]
+
+    def _attempts(self, prompts: Sequence[Prompt], written: Sequence[Completion], grader: Grader) -> list[Attempt]:
         assert self.vocabulary is not None
-        pairs = zip(prompts, written, strict=True)
-        return [grader({**p.fields, "ended": c.ended}, self.vocabulary.decode(c.ids)) for p, c in pairs]
+        texts = [self.vocabulary.decode(c.ids) for c in written]
+        of = zip(prompts, written, texts, strict=True)
+        return [Attempt(p.row, text, grader({**p.fields, "ended": c.ended}, text)) for p, c, text in of]
 
     def inform(self, prompts: Sequence[Prompt], written: Sequence[Completion], group: int) -> list[Prompt]:
         """Prompts whose teacher context tells of their group's completions. All ranks must call it.
@@ -205,10 +209,8 @@ class PromptDataModule(pl.LightningDataModule):
         """
         if not self.gathers:
             return list(prompts)
-        assert self.vocabulary is not None and self.teacher_template is not None and self._attempt_grader is not None
-        scores = self.grades(prompts, written, self._attempt_grader)
-        texts = [self.vocabulary.decode(completion.ids) for completion in written]
-        attempts = {p.row: Attempt(p.row, text, score) for p, text, score in zip(prompts, texts, scores, strict=True)}
+        assert self.teacher_template is not None and self._attempt_grader is not None
+        attempts = {attempt.row: attempt for attempt in self._attempts(prompts, written, self._attempt_grader)}
         groups: dict[int, list[Attempt]] = {}
         for attempt in sorted((a for part in parallel.gather_objects(attempts) for a in part.values()), key=lambda a: a.row):
             groups.setdefault(attempt.row // group, []).append(attempt)

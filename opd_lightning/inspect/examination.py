@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from opd_lightning.callbacks.pairing import refuse_incomparable
-from opd_lightning.inspect.floor import floor
 from opd_lightning.inspect.setups import Setup
+from opd_lightning.inspect.tellings import floor_at
 from opd_lightning.models.distributions import evaluating, laws_of, pack_rows
 from opd_lightning.models.teachers import Teacher
 from opd_lightning.ops import logprobs as lp
@@ -35,8 +35,8 @@ BINS = 6
 """Stretches of the completion in which divergence and entropy are shown."""
 MOVED = 0.1
 """Total variation from which on a state counts as headroom: a tenth of what is written there should be something else."""
-OTHERS = 3
-"""Rows whose information the teacher is told instead of the row's own, for the floor."""
+TELLINGS = 4
+"""What the teacher is told about a row and about three others, for the floor."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class Examination:
     ) -> None:
         if min(prompts, samples) < 1 or k < 0:
             raise ValueError(f"--prompts {prompts} --samples {samples} --k {k}: the first two at least 1, the last at least 0")
+        self.setup = setup
         self.module, self.data, self.sampler = setup.module, setup.data, setup.rollout.sampler
         if not self.module.teacher.answers:
             raise ValueError(f"{self.module.teacher!r} has no network to examine: choose another model.teacher")
@@ -286,37 +287,14 @@ class Examination:
         return out
 
     def floor(self) -> float | None:
-        """Mean over the student's states of ``-log sum_y exp(E_I log q(y | I))``, I being the information of the row itself
-        and of other rows: a law that fits all of them is the best that a student which sees none can learn.
-
-        It takes the information of other rows for what could have been told here, so it is an estimate.
+        """What no student can go below that is not told what the teacher is (`opd_lightning.inspect.tellings`), in nats a
+        token; None where nothing is told, or only what the group has written.
         """
-        template, tokenizer = self.data.teacher_template, self.module.vocabulary.tokenizer
-        rows = list({p.index: p for p in self.prompts}.values())
-        if template is None or self.data.gathers or len(rows) < 2:
+        some = {p.index: (p, c) for p, c in zip(self.prompts, self.written, strict=True) if p.informed}
+        if self.data.teacher_template is None or self.data.gathers or not some:
             return None
-        told: list[list[Prompt]] = [self.told]
-        for step in range(1, min(OTHERS, len(rows) - 1) + 1):
-            others = {p.index: rows[(i + step) % len(rows)].fields for i, p in enumerate(rows)}
-            fields = [{**others[p.index], "prompt": p.fields["prompt"]} for p in self.prompts]
-            if not all(template.informed(f) for f in fields):
-                return None
-            ids = [template.ids(f, tokenizer) for f in fields]
-            told.append([replace(p, teacher_ids=i) for p, i in zip(self.prompts, ids, strict=True)])
-        total, count, size = 0.0, 0, self.module.vocabulary.size
-        weights = torch.full((len(told),), 1.0 / len(told), device=self.device)
-        with torch.no_grad(), evaluating(self.network):
-            for some in tqdm(torch.arange(len(self.prompts)).split(16), desc="floor", leave=False):
-                chosen = some.tolist()
-                parts = [
-                    self.module.join([way[i] for i in chosen], [self.written[i] for i in chosen]).to(self.device)
-                    for way in told
-                ]
-                laws = [self.module.teacher.laws(self.network, part.for_teacher, size) for part in parts]
-                for tile in tiles(laws):
-                    least = floor(torch.stack(tile[:-1], 1), weights, "reverse")
-                    total, count = total + float(least.sum()), count + len(least)
-        return total / max(count, 1)
+        prompts, written = zip(*some.values(), strict=True)
+        return floor_at(self.setup, prompts, written, TELLINGS).floor
 
     # ---- all of it -----------------------------------------------------------------------------------------------------
     def figures(self) -> Figures:

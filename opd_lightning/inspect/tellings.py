@@ -22,9 +22,9 @@ from opd_lightning.inspect.setups import Setup
 from opd_lightning.models.distributions import evaluating, laws_of
 from opd_lightning.objectives import ForwardKL
 from opd_lightning.seeds import fold
-from opd_lightning.types import Completion, Prompt, Rendering
+from opd_lightning.types import Completion, Prompt
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "floor_at"]
 
 NUMBERS = 2**24
 """Log-probabilities of all tellings that are alive at once: 64 MiB in float32."""
@@ -95,34 +95,45 @@ def estimate(setup: Setup, rows: int = 16, tellings: int = 8, tokens: int = 32) 
     data.vocabulary = module.vocabulary
     data.setup()
     informed = [replace(p, row=i) for i, p in enumerate(p for p in data.train_prompts if p.informed)]
-    chosen = informed[:rows]
     sampler = _shorter(setup.rollout.sampler, tokens)
-    written = module.write(chosen, "student", sampler, [fold(0, "floor", p.row) for p in chosen])
+    written = module.write(informed[:rows], "student", sampler, [fold(0, "floor", i) for i in range(len(informed[:rows]))])
+    return floor_at(setup, informed, written, tellings)
+
+
+def floor_at(setup: Setup, prompts: Sequence[Prompt], written: Sequence[Completion], tellings: int) -> Estimate:
+    """The floor under given completions of the student; its network and the teacher's are built, the data is set up.
+
+    Args:
+        setup: a run whose teacher is told something that its rows hold.
+        prompts: informed ones; what the teacher is told about the later ones is also told in place of the earlier ones'.
+        written: completions of the first of them.
+        tellings: as `estimate` takes them.
+    """
+    module, data = setup.module, setup.data
+    told = data.teacher_template
     instance = isinstance(told, Context) and told.instance
-    contexts = [_tellings(data, informed, i, tellings if instance else 1) for i in range(len(chosen))]
+    ways = [_tellings(data, prompts, number, tellings if instance else 1) for number in range(len(written))]
     divergence = module.objective.flat()[0][0].divergence
     direction: Direction = "forward" if isinstance(divergence, ForwardKL) else "reverse"
-    start, least = _measured(module, list(zip(chosen, written, contexts, strict=True)), direction)
+    start, least = _measured(module, list(zip(ways, written, strict=True)), direction)
     return Estimate(
         title=type(told).__name__,
         instance=instance,
         direction=direction,
         start=float(start.mean()),
         floor=float(least.mean()),
-        rows=len(chosen),
-        tellings=max(map(len, contexts)),
+        rows=len(written),
+        tellings=max(map(len, ways)),
         tokens=len(start),
     )
 
 
-def _measured(
-    module: Any, rows: Sequence[tuple[Prompt, Completion, list[tuple[int, ...]]]], direction: Direction
-) -> tuple[Tensor, Tensor]:
+def _measured(module: Any, rows: Sequence[tuple[list[Prompt], Completion]], direction: Direction) -> tuple[Tensor, Tensor]:
     """(N,) divergence from the teacher, and (N,) the floor under it, at every token of every row."""
     starts, floors = [], []
     with torch.no_grad(), evaluating(module.student):
-        for prompt, completion, contexts in tqdm(rows, "asking the teacher", leave=False):
-            for laws, student in _laws(module, prompt, completion, contexts):
+        for told, completion in tqdm(rows, "asking the teacher", leave=False):
+            for laws, student in _laws(module, told, completion):
                 count = laws.shape[1]
                 weights = torch.full((count,), 1.0 / count, dtype=laws.dtype)
                 starts.append(mean_divergence(student, laws[:, :1], torch.ones_like(weights[:1]), direction))
@@ -138,39 +149,35 @@ def _shorter(sampler: Any, tokens: int) -> Any:
     return short
 
 
-def _tellings(data: Any, prompts: Sequence[Prompt], number: int, count: int) -> list[tuple[int, ...]]:
-    """The teacher's prompt of a row, and the same with what others are told."""
+def _tellings(data: Any, prompts: Sequence[Prompt], number: int, count: int) -> list[Prompt]:
+    """A prompt as it is, and with what the teacher is told about others in its place; no telling comes twice."""
     own = prompts[number]
     assert own.teacher_ids is not None
-    found = [own.teacher_ids]
-    tokenizer = data.vocabulary.tokenizer
-    for step in range(1, len(prompts)):
+    found, tokenizer = {own.teacher_ids: own}, data.vocabulary.tokenizer
+    for other in (*prompts[number + 1 :], *prompts[:number]):
         if len(found) == count:
             break
-        information = data.teacher_template.information(prompts[(number + step) % len(prompts)].fields)
+        information = data.teacher_template.information(other.fields)
         text = data.teacher_template.text_with(information, own.fields, tokenizer)
         ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-        if ids not in found:
-            found.append(ids)
-    return found
+        found.setdefault(ids, replace(own, teacher_ids=ids))
+    return list(found.values())
 
 
-def _laws(
-    module: Any, prompt: Prompt, completion: Completion, contexts: Sequence[tuple[int, ...]]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _laws(module: Any, told: list[Prompt], completion: Completion) -> Iterator[tuple[Tensor, Tensor]]:
     """Pieces of (N, I, V) log-probabilities of the teacher under every telling, and (N, V) of the student, on the CPU."""
-    vocab, pad = module.vocabulary.size, module.vocabulary.pad_id
-    text = Rendering.of(contexts, [completion.ids] * len(contexts), pad)
-    theirs = module._ask(module.teacher, text)
-    ours = laws_of(module.student, Rendering.of([prompt.ids], [completion.ids], pad), vocab)
+    vocab = module.vocabulary.size
+    rollout = module.join(told, [completion] * len(told)).to(module.device)
+    theirs = module.teacher.laws(module.student, rollout.for_teacher, vocab)
+    ours = laws_of(module.student, rollout.text.select(torch.zeros(1, dtype=torch.long)), vocab)
     length = len(completion.ids)
 
     def logprobs(laws: Any, start: int, stop: int) -> Tensor:
-        found: Tensor = laws.logits(start, stop).double().log_softmax(-1)
+        found: Tensor = laws.logits(start, stop).cpu().double().log_softmax(-1)
         return found
 
-    piece = max(1, NUMBERS // (len(contexts) * vocab))
+    piece = max(1, NUMBERS // (len(told) * vocab))
     for start in range(0, length, piece):
         stop = min(start + piece, length)
-        told = [logprobs(theirs, i * length + start, i * length + stop) for i in range(len(contexts))]
-        yield torch.stack(told, 1), logprobs(ours, start, stop)
+        law = [logprobs(theirs, i * length + start, i * length + stop) for i in range(len(told))]
+        yield torch.stack(law, 1), logprobs(ours, start, stop)

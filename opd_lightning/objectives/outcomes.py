@@ -63,7 +63,7 @@ class Outcome(Configurable, ABC):
 
     def named(self, divergence: str) -> str:
         """The declared target, from that of the divergence alone."""
-        return divergence
+        return f"expected grade, magnitudes shaped by the {divergence}" if self.replaces else divergence
 
 
 class NoOutcome(Outcome):
@@ -122,9 +122,6 @@ class Bounded(Outcome):
         bounded = advantage / total.where(total > 0.0, 1.0)  # 0 / 0 where the models agree everywhere
         return bounded + (2.0 * (outcome >= RIGHT).to(advantage.dtype) - 1.0)[:, None]
 
-    def named(self, divergence: str) -> str:
-        return f"expected grade, magnitudes shaped by the {divergence}"
-
 
 class MagnitudeOnly(Outcome):
     """``R' ((1 - m) + m clip(exp(sign(R') A_t), 1 - bound, 1 + bound))`` (RLSD, arXiv 2604.03128).
@@ -163,9 +160,6 @@ class MagnitudeOnly(Outcome):
         task = _against_group(outcome, group)[:, None].to(advantage.dtype)
         factor = (task.sign() * advantage).exp().clamp(1.0 - self.bound, 1.0 + self.bound)
         return task * (1.0 - mix + mix * factor)
-
-    def named(self, divergence: str) -> str:
-        return f"expected grade, magnitudes shaped by the {divergence}"
 
 
 Keep = Literal["right", "wrong"]

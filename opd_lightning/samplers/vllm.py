@@ -84,9 +84,7 @@ class VLLMSampler(NativeSampler):
             raise ValueError(f"rollout.sampler.max_drift={max_drift}: must be positive")
         self.python, self.url, self.folder, self.options, self.max_drift = python, url, folder, options or [], max_drift
         self.server: VLLMServer | None = None
-        self._held: tuple[weakref.ref[nn.Module], int] | None = (
-            None  # the model and the step whose weights the engine was given
-        )
+        self._held: tuple[weakref.ref[nn.Module], int] | None = None  # the model and step whose weights the engine has
         self._before: Tensor | None = None  # the trainer's canary before the last hand-over
         self._now: Tensor | None = None
 
