@@ -56,6 +56,12 @@ arms:
     longest: {longest}
   prefix: {{run: Continuation, student: fresh, teacher: rewarded, task: {{class_path: DigitSum}}, prefixes: [1, 5]}}
   signal: {{run: Signal, student: fresh, teacher: rewarded}}
+  noise:
+    run: Noise
+    student: fresh
+    teacher: {{class_path: GrammarTeacher, init_args: {{patterns: {{A: 1.0}}}}}}
+    objective: {{class_path: Objective, init_args: {{divergence: ReverseKL, support: SampledToken}}}}
+    completions: 4
 passes_if:
   - "grammar.teacher_accuracy >= 0.5"
   - "network.accuracy >= 2"
@@ -94,12 +100,12 @@ def test_nothing_is_measured_twice_and_what_changed_is(work: Path, capsys: pytes
     words = ["reproduce", str(work / "t1_trained.yaml"), "--seeds", "3", "--folder", str(work / "run")]
     before = records(work / "run")
     assert main([*words, "--json"]) == 0
-    assert records(work / "run") == before and len(before) == 4
+    assert records(work / "run") == before and len(before) == 5
     assert json.loads(capsys.readouterr().out)["t1_trained"]["verdict"] == "null"
     (work / "t1_trained.yaml").write_text(TRAINED.format(longest=3))
     assert main(words) == 0
     after = records(work / "run")
-    assert len(after) == 5 and all(after[name] == time for name, time in before.items())
+    assert len(after) == 6 and all(after[name] == time for name, time in before.items())
 
 
 def test_a_failed_arm_fails_its_claim_and_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

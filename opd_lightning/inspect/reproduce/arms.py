@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -99,15 +100,16 @@ class Arm(Configurable, ABC):
 
 
 def first_and_last(curves: dict[str, Curve]) -> dict[str, float]:
-    """``NAME_start`` and ``NAME_end`` of every curve: means over its first two and its last tenth of values.
+    """``NAME_start``, ``NAME_end`` and ``NAME_mean`` of every curve: means over its first two, its last tenth and all values.
 
-    >>> first_and_last({"overlap": [(0, 0.5), (1, 0.7), (2, 0.9)]})
-    {'overlap_start': 0.6, 'overlap_end': 0.9}
+    >>> first_and_last({"overlap": [(0, 0.5), (1, 0.75), (2, 1.0)]})
+    {'overlap_start': 0.625, 'overlap_end': 1.0, 'overlap_mean': 0.75}
     """
     found: dict[str, Any] = {}
     for name, curve in curves.items():
         values = [value for _, value in curve]
         last = max(len(values) // 10, 1)
-        found[f"{name}_start"] = sum(values[:2]) / len(values[:2])
-        found[f"{name}_end"] = sum(values[-last:]) / last
+        found[f"{name}_start"] = statistics.fmean(values[:2])
+        found[f"{name}_end"] = statistics.fmean(values[-last:])
+        found[f"{name}_mean"] = statistics.fmean(values)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from opd_lightning.module import OPDModule
 from opd_lightning.objectives import Objective, ReverseKL
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold
-from opd_lightning.types import Completion, Prompt
+from opd_lightning.types import Completion, Prompt, Rollout
 
 COUNT, PROMPT_SEED = 512, 11
 
@@ -139,14 +140,56 @@ class Signal(Arm):
         reward = signal.sum(-1) / rollout.mask.sum(-1)
         tick(0.5)
         total, size = torch.zeros(()), 0.0
-        for i in range(min(self.GRADIENTS, len(rollout))):
-            module.zero_grad()
-            row = replace(rollout.select(torch.tensor([i])), scale=(1.0,))
-            module.score(row, module.objective).loss.backward()
-            one = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        for one in gradients(module, module.objective, rollout, self.GRADIENTS):
             total, size = total + one, size + float(one.norm())
         figures = {"auroc": auroc(reward, right), "accuracy": float(right.double().mean())}
         return Record(figures | {"cancellation": float(total.norm()) / size if size else 0.0})
+
+
+class Noise(Arm):
+    """Trace of the covariance of a gradient over the student's own completions, one completion a gradient.
+
+    Args:
+        student: name of a network.
+        teacher: a network or a law.
+        objective: what is descended; it learns no critic.
+        task: the prompts.
+        completions: how many.
+    """
+
+    def __init__(
+        self,
+        student: str,
+        teacher: str | GrammarTeacher,
+        objective: Objective,
+        task: DigitSum = DigitSum(),
+        completions: int = 256,
+    ) -> None:
+        self.student, self.teacher, self.task = student, teacher, task
+        self.objective, self.completions = objective, completions
+        self.needs = (student, teacher) if isinstance(teacher, str) else (student,)
+        self.work = 0.01 * completions
+
+    def run(self, seed: int, networks: Networks, tick: Tick, keep: Path | None = None) -> Record:
+        module = built(self.student, self.teacher, seed, networks)
+        rollout = module.join(*written(module, self.task, seed))
+        total, squares, count = torch.zeros((), dtype=torch.float64), 0.0, 0
+        for one in gradients(module, self.objective, rollout, self.completions):
+            total, squares, count = total + one.double(), squares + float(one.double().square().sum()), count + 1
+            tick(count / self.completions)
+        trace = (squares - float(total.square().sum()) / count) / (count - 1)
+        with torch.no_grad():
+            cost = module.score(rollout, Objective(ReverseKL())).stats.values["reverse_kl"]
+        return Record({"variance": trace, "reverse_kl": float(cost.mean())})
+
+
+def gradients(module: OPDModule, objective: Objective, rollout: Rollout, most: int) -> Iterator[Tensor]:
+    """The gradient of one completion after the other, summed over its tokens, in all weights."""
+    for i in range(min(most, len(rollout))):
+        module.zero_grad()
+        row = replace(rollout.select(torch.tensor([i])), scale=(1.0,))
+        module.score(row, objective).loss.backward()
+        yield torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
 def auroc(score: Tensor, right: Tensor) -> float:

@@ -26,12 +26,15 @@ from opd_lightning.objectives import ForwardKL, Objective, ReverseKL, WrittenTok
 from opd_lightning.objectives.controls import WithoutSignal
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.schedulers import WarmupDecay
-from opd_lightning.sources import DatasetSource, Source, StudentSource
+from opd_lightning.sources import DatasetSource, Source, StudentSource, TeacherSource
 from opd_lightning.trainer import OPDTrainer
 from opd_lightning.types import Rollout
 
-SIZES: dict[str, Any] = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 96, "init_std": 0.1}
-"""The student: 28 thousand parameters."""
+SIZES: dict[str, dict[str, Any]] = {
+    "new": {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 96, "init_std": 0.1},
+    "wide": {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 192, "init_std": 0.1},
+}
+"""Random networks: the student's, 28 thousand parameters, and one of 110 thousand."""
 HELD_OUT, HELD_OUT_SEED, TRAINED_ON = 256, 7, 4096
 POINTS, RAREST = 10, 25
 """Held-out measurements of an arm, and most steps between two of them."""
@@ -40,7 +43,6 @@ METRIC_K = 4
 KEPT = frozenset({"reverse_kl", "overlap", "student_overlap_mass", "teacher_overlap_mass", "overlap_advantage", "entropy_gap"})
 KEPT |= {"student_entropy", "gradient_norm", "loss"}
 """What is kept of a step, of all that is logged."""
-NEW = "new"
 GOOD = 0.9
 """Accuracy from which on `steps_to_90` counts a run as having arrived."""
 
@@ -79,7 +81,7 @@ class Training(Arm):
     """A fit of the toy student.
 
     Args:
-        student: name of a network to begin with, or ``new`` for random weights.
+        student: name of a network to begin with, or ``new`` for random weights, ``wide`` for more of them.
         teacher: name of a network, or a teacher.
         objective: what is descended.
         steps: optimizer steps.
@@ -89,7 +91,7 @@ class Training(Arm):
         group: completions of a prompt.
         longest: tokens of a rollout; 0 lets every pattern end.
         source: who writes.
-        cold_start: steps on the task's own completions before.
+        cold_start: steps before, on what the teacher writes; where the teacher is no network, on the task's own completions.
         judged: held-out prompts; null takes those of the task.
     """
 
@@ -115,7 +117,7 @@ class Training(Arm):
         self.whole = 2 * task.digits + 6
         self.longest = longest or self.whole
         named = [student, teacher] if isinstance(teacher, str) else [student]
-        self.needs = tuple(name for name in named if name != NEW)
+        self.needs = tuple(name for name in named if name not in SIZES)
         self.work = 0.045 * (steps + cold_start)
 
     def run(self, seed: int, networks: Networks, tick: Tick, keep: Path | None = None) -> Record:
@@ -149,8 +151,9 @@ class Training(Arm):
 
     # ---- the run's parts -------------------------------------------------------------------------------------------------
     def _module(self, seed: int, networks: Networks) -> OPDModule:
-        new = self.student == NEW
-        student = NewStudent(CHARACTERS, seed=seed, **SIZES) if new else Student(str(networks.path(self.student, seed)))
+        new = self.student in SIZES
+        path = "" if new else str(networks.path(self.student, seed))
+        student = NewStudent(CHARACTERS, seed=seed, **SIZES[self.student]) if new else Student(path)
         teacher = FrozenTeacher(str(networks.path(self.teacher, seed))) if isinstance(self.teacher, str) else self.teacher
         adam = partial(torch.optim.AdamW, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.0)
         decay = (
@@ -162,13 +165,14 @@ class Training(Arm):
 
     def _evaluation(self, seed: int) -> CompletionEval:
         steps = self.steps + self.cold_start
-        every = steps if self.student == NEW else max(min(steps // POINTS, RAREST), 1)
+        every = steps if self.student in SIZES else max(min(steps // POINTS, RAREST), 1)
         return CompletionEval(every, sampler=NativeSampler(max_new_tokens=self.whole, batch_size=HELD_OUT), seed=seed)
 
     def _trainer(self, folder: Path, seed: int, evaluation: CompletionEval, collector: Collector) -> OPDTrainer:
         sampler = NativeSampler(max_new_tokens=self.longest, batch_size=self.batch)
         refresh = RolloutRefresh(self.source, sampler, rollouts_per_prompt=self.group, seed=seed)
-        cold = ColdStart(self.cold_start, DatasetSource(), Objective(ForwardKL(), WrittenToken()))
+        text = TeacherSource() if isinstance(self.teacher, str) else DatasetSource()
+        cold = ColdStart(self.cold_start, text, Objective(ForwardKL(), WrittenToken()))
         return OPDTrainer(
             max_steps=self.steps + self.cold_start,
             accelerator="cpu",
