@@ -47,7 +47,7 @@ def main() -> None:
     model: Any = load(folder, given.dtype).eval()
     vocabulary = Vocabulary.of(load_tokenizer(str(folder)))
     lines = data_file(QUESTIONS).read_text(encoding="utf-8").splitlines()[: given.rows]
-    prompts = [ChatTemplate().ids(json.loads(line), vocabulary.tokenizer) for line in lines]
+    prompts = ChatTemplate().ids([json.loads(line) for line in lines], vocabulary.tokenizer)
     seeds = list(range(len(prompts)))
 
     def write(limit: int, words: Vocabulary) -> list[tuple[int, ...]]:

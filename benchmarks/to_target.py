@@ -44,7 +44,7 @@ def data() -> Pair:
     file = BUILD / "to_target" / "prompts.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    longest = max(len(template.ids(r, tokenizer)) for r in rows)
+    longest = max(map(len, template.ids(rows, tokenizer)))
     return Pair(student, teacher, file, longest)
 
 
@@ -54,7 +54,8 @@ def held_out_kl(folder: Path, teacher: Any, count: int) -> float:
     vocabulary = Vocabulary.of(load_tokenizer(resolve("zoo/addition/student")))
     template = PlainTemplate()
     rows = Addition(digits=4).rows(count, 11, "held_out")
-    prompts = [Prompt(i, r["prompt"], template.ids(r, vocabulary.tokenizer)) for i, r in enumerate(rows)]
+    tokens = template.ids(rows, vocabulary.tokenizer)
+    prompts = [Prompt(i, r["prompt"], ids) for i, (r, ids) in enumerate(zip(rows, tokens, strict=True))]
     sampler = NativeSampler(max_new_tokens=48, batch_size=256)
     written = sampler.write(model, [p.ids for p in prompts], list(range(count)), vocabulary, 0)
     rollout = Rollout.of(prompts, written, vocabulary.pad_id)

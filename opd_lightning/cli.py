@@ -119,11 +119,14 @@ class OPDCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {
+        """The verbs; the one alone that is asked for, since every parser takes a second to build."""
+        verbs = {
             **LightningCLI.subcommands(),
             "generate": {"model", "datamodule"},
             "export": {"model", "datamodule"},
         }
+        asked = sys.argv[1] if len(sys.argv) > 1 else None
+        return {asked: verbs[asked]} if asked in verbs else verbs
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ColdStart, "cold_start")
@@ -182,11 +185,6 @@ class _Quiet(logging.Filter):
 
 class ReadingCLI(OPDCLI):
     """Parses the words of ``opd fit`` and builds the recipes, and stops there: no trainer, no weights, no folder."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """One verb: the parsers of the others take as long as the reading."""
-        return {"fit": LightningCLI.subcommands()["fit"]}
 
     def before_instantiate_classes(self) -> None:
         """No checkpoint is looked for."""

@@ -19,12 +19,14 @@ from opd_lightning.data.contexts import Context
 from opd_lightning.data.group_contexts import Attempt
 from opd_lightning.data.prompts import PromptSet, Row
 from opd_lightning.data.selectors import Selector, Shuffled
-from opd_lightning.data.templates import AutoTemplate, Template
+from opd_lightning.data.templates import AutoTemplate, Template, encoded
 from opd_lightning.metrics.graders import Grader
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.seeds import run_seed
 from opd_lightning.types import Completion, Prompt, Rollout
 
+AT_ONCE = 1000
+"""Prompts that are tokenized in one call."""
 SHOW_PROGRESS = 5000
 """Prompts from which on tokenizing takes long enough to be shown."""
 
@@ -115,25 +117,17 @@ class PromptDataModule(pl.LightningDataModule):
             )
 
     def _tokenize(self, rows: Sequence[Row], first: int) -> list[Prompt]:
+        out: list[Prompt] = []
+        with tqdm(total=len(rows), desc="Tokenizing prompts", disable=len(rows) < SHOW_PROGRESS, leave=False) as bar:
+            for start in range(0, len(rows), AT_ONCE):
+                some = rows[start : start + AT_ONCE]
+                out += self._tokenized(some, first + start)
+                bar.update(len(some))
         assert self.vocabulary is not None
-        tokenizer = self.vocabulary.tokenizer
-        out, too_long, unknown, uninformed = [], 0, 0, 0
-        shown = tqdm(rows, desc="Tokenizing prompts", disable=len(rows) < SHOW_PROGRESS, leave=False)
-        for index, row in enumerate(shown, first):
-            ids = self.template.ids(row, tokenizer)
-            if self.max_prompt_tokens and len(ids) > self.max_prompt_tokens:
-                too_long += 1
-                continue
-            text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-            reference = None
-            if row.get("completion") is not None:
-                written = tokenizer(row["completion"], add_special_tokens=False).input_ids
-                reference = (*written, self.vocabulary.eos_ids[0])
-            informed = self.teacher_template is None or self.teacher_template.informed(row)
-            theirs = self._teacher_ids(row, informed)
-            uninformed += not informed
-            unknown += self.vocabulary.unk_id in (*ids, *(theirs or ()), *(reference or ()))
-            out.append(Prompt(index, text, ids, theirs, reference, dict(row), informed=informed))
+        unk = self.vocabulary.unk_id
+        short = [p for p in out if not self.max_prompt_tokens or len(p.ids) <= self.max_prompt_tokens]
+        uninformed = sum(not p.informed for p in short)
+        unknown = sum(unk in (*p.ids, *(p.teacher_ids or ()), *(p.reference or ())) for p in short)
         if uninformed and not self.gathers:
             missing = (
                 f"{uninformed} of {len(rows)} rows have nothing that data.teacher_template {self.teacher_template!r} tells"
@@ -146,19 +140,37 @@ class PromptDataModule(pl.LightningDataModule):
             rank_zero_warn(
                 f"{unknown} of {len(rows)} prompts or completions hold text that the tokenizer does not know (<unk>)"
             )
-        if too_long:
+        if too_long := len(out) - len(short):
             rank_zero_warn(
                 f"{too_long} of {len(rows)} prompts are longer than data.max_prompt_tokens={self.max_prompt_tokens}: left out"
             )
+        return short
+
+    def _tokenized(self, rows: Sequence[Row], first: int) -> list[Prompt]:
+        assert self.vocabulary is not None
+        tokenizer, end = self.vocabulary.tokenizer, self.vocabulary.eos_ids[0]
+        informed = [self.teacher_template is None or self.teacher_template.informed(row) for row in rows]
+        given = {i: row["completion"] for i, row in enumerate(rows) if row.get("completion") is not None}
+        references = dict(zip(given, encoded(list(given.values()), tokenizer), strict=True))
+        out = []
+        each = zip(rows, self.template.ids(rows, tokenizer), self._teacher_ids(rows, informed), informed, strict=True)
+        for i, (row, ids, theirs, told) in enumerate(each):
+            text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            reference = (*references[i], end) if i in references else None
+            out.append(Prompt(first + i, text, ids, theirs, reference, dict(row), informed=told))
         return out
 
-    def _teacher_ids(self, row: Mapping[str, Any], informed: bool) -> tuple[int, ...] | None:
-        """What the teacher reads; None if it reads what the student reads."""
+    def _teacher_ids(self, rows: Sequence[Mapping[str, Any]], informed: Sequence[bool]) -> list[tuple[int, ...] | None]:
+        """What the teacher reads behind each row; None where it reads what the student reads."""
         assert self.vocabulary is not None
-        template = self.teacher_template if informed else None
-        if self.teacher_tokenizer is not None:
-            return (template or self.template).ids(row, self.teacher_tokenizer)
-        return template.ids(row, self.vocabulary.tokenizer) if template is not None else None
+        tokenizer = self.teacher_tokenizer or self.vocabulary.tokenizer
+        told = [i for i, knows in enumerate(informed) if knows and self.teacher_template is not None]
+        rest = sorted(set(range(len(rows))) - set(told)) if self.teacher_tokenizer is not None else []
+        out: list[tuple[int, ...] | None] = [None] * len(rows)
+        for template, at in ((self.teacher_template or self.template, told), (self.template, rest)):
+            for i, ids in zip(at, template.ids([rows[i] for i in at], tokenizer), strict=True):
+                out[i] = ids
+        return out
 
     def some_prompts(self, count: int) -> list[Prompt]:
         """Evenly spaced training prompts, as many as there are; nothing else is tokenized."""
@@ -219,7 +231,8 @@ class PromptDataModule(pl.LightningDataModule):
             siblings = [a for a in groups[prompt.row // group] if a.row != prompt.row]
             row = {**prompt.fields, "attempt": attempts[prompt.row], "siblings": siblings}
             informed = prompt.row >= 0 and self.teacher_template.informed(row)
-            out.append(replace(prompt, teacher_ids=self._teacher_ids(row, informed), informed=informed))
+            (ids,) = self._teacher_ids([row], [informed])
+            out.append(replace(prompt, teacher_ids=ids, informed=informed))
         return out
 
     # ---- the stream of prompts -----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from opd_lightning.configurable import Configurable
 
 __all__ = ["AutoTemplate", "ChatTemplate", "PlainTemplate", "Template"]
+
+
+def encoded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Tokens of texts that hold their special tokens already, in one call: text by text takes ten times as long."""
+    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
 
 
 class Template(Configurable, ABC):
@@ -28,9 +33,9 @@ class Template(Configurable, ABC):
     def text(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
         """The rendered prompt, special tokens included."""
 
-    def ids(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Tokens of the rendered prompt."""
-        return tuple(tokenizer(self.text(row, tokenizer), add_special_tokens=False).input_ids)
+    def ids(self, rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+        """Tokens of the rendered prompts."""
+        return encoded([self.text(row, tokenizer) for row in rows], tokenizer)
 
 
 class PlainTemplate(Template):

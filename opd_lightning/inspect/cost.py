@@ -157,7 +157,7 @@ class Load:
 def load_of(setup: Setup) -> Load:
     """The work of a step, with completions as long as the sampler lets them be."""
     data, tokenizer = setup.data, setup.module.vocabulary.tokenizer
-    lengths = [len(data.template.ids(row, tokenizer)) for row in data.prompt_set.rows()[:SAMPLE]]
+    lengths = [len(ids) for ids in data.template.ids(data.prompt_set.rows()[:SAMPLE], tokenizer)]
     sampler = setup.rollout.sampler
     return Load(
         rollouts=data.batch_size,

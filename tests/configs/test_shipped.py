@@ -59,6 +59,8 @@ def tiny(name: str, pair: list[str], root: Path) -> list[str]:
         words += ["--rollout.rollouts_per_prompt", "2"]
     if "keep_layers" in text:
         words += ["--model.student.keep_layers", "1"]
+    if not re.search(r"\bprompts:", text):  # those of base.yaml
+        words += ["--data.prompts.size", "128"]
     for key in ("prompts", "held_out_prompts"):
         if f" {key}: {{class_path: TaskPrompts" in text:
             words += [f"--data.{key}.size", "16"]

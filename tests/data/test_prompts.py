@@ -108,9 +108,9 @@ def test_plain_template() -> None:
     tokenizer = character_tokenizer("ab:")
     template = PlainTemplate(prefix="a", suffix=":")
     assert template.text({"prompt": "b"}, tokenizer) == "<bos>ab:"
-    assert template.ids({"prompt": "b"}, tokenizer) == (1, 4, 5, 6)
+    assert template.ids([{"prompt": "b"}], tokenizer) == [(1, 4, 5, 6)]
     with pytest.raises(ValueError, match="ChatTemplate"):
-        template.ids({"prompt": [{"role": "user", "content": "x"}]}, tokenizer)
+        template.ids([{"prompt": [{"role": "user", "content": "x"}]}], tokenizer)
 
 
 def test_chat_template_with_system_and_demonstrations() -> None:
