@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from opd_lightning import parallel, strategies
 from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
-from opd_lightning.models.distributions import evaluating, laws_of, likeliest, pack_rows, prove_head
+from opd_lightning.models.building import ReadOnce, build_all
+from opd_lightning.models.distributions import evaluating, laws_of, likeliest
 from opd_lightning.models.export import export_student
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student, trainable_report
@@ -146,12 +147,13 @@ class OPDModule(pl.LightningModule):
         if self.student is not None:  # called again by every fit, validate and predict
             return
         rank_zero_info(f"building {self.recipe!r} and {', '.join(map(repr, self._asked.values()))}")
-        student = self.recipe.build()
-        prove_head(student)
-        for model in self._leaves().values():
-            model.build(student, share=self._trainer is None or not parallel.is_sharded(self._trainer.strategy))
-        for scored in (student, *self._own_models()) if self.packed else ():
-            pack_rows(scored)
+        leaves, shared = list(self._leaves().values()), None
+        if self.device_mesh is not None and parallel.world_size() > 1:  # FSDP2: one process reads the weights for all
+            shared = ReadOnce(self.recipe, leaves, self.packed)
+            student = shared.build()
+        else:
+            whole = self._trainer is None or not parallel.is_sharded(self._trainer.strategy)
+            student = build_all(self.recipe, leaves, self.packed, share=whole)
         self._trained_names = {f"student.{n}" for n, p in student.named_parameters() if p.requires_grad}
         if not self._trained_names:
             raise ValueError("no parameter of the student is trainable")
@@ -159,6 +161,8 @@ class OPDModule(pl.LightningModule):
             self.critic = self._new_critic()
             self._trained_names |= {"critic.weight", "critic.bias"}
         strategies.split(self, base_of(student), [base_of(own) for own in self._own_models()])
+        if shared is not None:
+            shared.fill(self.trainer.strategy.root_device)
         self.student = student
         rank_zero_info(f"student: {trainable_report(student)}")
 

@@ -67,6 +67,25 @@ def shard(base: nn.Module, mesh: Any) -> None:
     register_fsdp_forward_method(base, "run_inside")
 
 
+@torch.no_grad()
+def receive(network: nn.Module, values: dict[str, torch.Tensor] | None, device: torch.device) -> None:
+    """FSDP2: the first rank's parameters and buffers for all ranks, each taking its own part. All ranks must call it.
+
+    Args:
+        network: sharded; its parameters and buffers may be on the meta device.
+        values: whole tensors by name on the first rank, None on the others.
+        device: where the others hold theirs.
+    """
+    if any(t.is_meta for t in (*network.parameters(), *network.buffers())):
+        network.to_empty(device=device)
+    for name, part in network.named_parameters():  # the others' memory is never written to: it only says which size
+        put_whole(part, values[name] if values else torch.empty(part.shape, dtype=part.dtype, device=part.device))
+    own = dict(network.named_buffers())
+    sent = gather_objects({n: values[n].cpu() for n in own} if values else {})[0]
+    for name, buffer in own.items():
+        buffer.copy_(sent[name])
+
+
 def run_inside(base: nn.Module, fn: Callable[[], T]) -> T:
     """Run ``fn`` as the forward pass of a model: under FSDP2 the root's weights (embeddings, norm, head) are whole.
 
@@ -177,7 +196,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def put_whole(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Inverse of `whole`, in place: a sharded tensor takes its own part."""
+    """Inverse of `whole`, in place: a sharded tensor takes its own part of what the first rank passes."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(tensor, DTensor):

@@ -108,16 +108,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def prove_head(model: nn.Module) -> None:
-    """The head applied to the decoder's hidden states must give the model's own logits.
+    """The head applied to the decoder's hidden states must give the model's own logits. One without weights proves nothing.
 
     Raises:
         ValueError: for an architecture that does something else between them.
     """
     base: Any = base_of(model)
     device = next(base.parameters()).device
+    if device.type == "meta":
+        return
     ids = torch.arange(4, device=device)[None]
-    expected = base(input_ids=ids, use_cache=False).logits.float()
-    found = head_of(model)(base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state).float()
+    with evaluating(model):  # dropout would differ, and take from the run's random numbers
+        expected = base(input_ids=ids, use_cache=False).logits.float()
+        found = head_of(model)(base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state).float()
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"{type(base).__name__} transforms its logits in a way that is not known here (largest difference "

@@ -6,6 +6,9 @@ import hashlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +131,29 @@ def load_config(path: str) -> Any:
     return config
 
 
-def hollow_model(config: Any) -> nn.Module:
-    """A model without the memory for its weights (on the meta device): for counting."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+_HOLLOW = ContextVar("opd_hollow", default=False)
+
+
+@contextmanager
+def hollow() -> Iterator[None]:
+    """Inside, models are made without memory for their weights (on the meta device), and `load_model` reads none."""
+    token = _HOLLOW.set(True)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _HOLLOW.reset(token)
+
+
+def hollow_model(config: Any, **settings: Any) -> nn.Module:
+    """A model without the memory for its weights: for counting, or to be filled."""
+    with hollow():
+        model: nn.Module = AutoModelForCausalLM.from_config(config, **settings)
     return model
 
 
 def load_model(path: str, dtype: str = "float32") -> nn.Module:
-    """A causal language model in eval mode.
+    """A causal language model in eval mode; inside `hollow`, without its weights.
 
     Its generation settings are reduced to the special tokens: a checkpoint's own ``top_k`` or ``repetition_penalty`` would
     otherwise fill every sampling field that a caller leaves open.
@@ -151,7 +168,12 @@ def load_model(path: str, dtype: str = "float32") -> nn.Module:
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     hf_logging.disable_progress_bar()
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(local_folder(path), dtype=getattr(torch, dtype))
+    folder, kind = local_folder(path), getattr(torch, dtype)
+    if not _HOLLOW.get():
+        return blank_generation(AutoModelForCausalLM.from_pretrained(folder, dtype=kind))
+    model: Any = hollow_model(AutoConfig.from_pretrained(folder), dtype=kind).eval()
+    with suppress(OSError):  # as in `from_pretrained`, the file is not required
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return blank_generation(model)
 
 

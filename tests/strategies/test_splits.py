@@ -19,12 +19,13 @@ LONG = 16
 """Digits that make prompts long enough for a group to share them (`opd_lightning.models.packing.WORTH_SHARING`)."""
 
 
-def two_processes(script: str, *arguments: object, timeout: int = 240) -> None:
-    """Run a script on two gloo processes; a hang is killed and fails."""
+def two_processes(script: str, *arguments: object, timeout: int = 240) -> str:
+    """Run a script on two gloo processes and return what it said; a hang is killed and fails."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def close(a: dict, b: dict, tolerance: float = 1e-10) -> None:
