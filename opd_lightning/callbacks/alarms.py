@@ -362,12 +362,11 @@ class StaleRollouts(Alarm):
         self.share = share
 
     def symptom(self, now: Mapping[str, float], facts: Facts) -> str | None:
-        size = now.get("train/effective_sample")
-        if size is None:
+        size, age = now.get("train/effective_sample"), now.get("train/staleness")
+        if size is None or age is None:  # text of the teacher or of a data set has no age
             return None
         if size >= self.share:
             return ""
-        age = now.get("train/staleness", 0.0)
         when = f"written {age:.1f} steps ago" if age else "though they are fresh (dropout, top_p or the precision differ)"
         return f"the effective sample is {size:.2f} of the tokens, {when}"
 

@@ -21,8 +21,9 @@ from opd_lightning.data import Addition, PlainTemplate, PromptDataModule, TaskPr
 from opd_lightning.metrics.catalog import define
 from opd_lightning.models import EMATeacher, FrozenTeacher, FunctionTeacher, LiveTeacher, Student
 from opd_lightning.module import OPDModule
-from opd_lightning.objectives import Objective, ReverseKL, SampledToken, TeacherTemperature, TopK
+from opd_lightning.objectives import ForwardKL, Objective, ReverseKL, SampledToken, TeacherTemperature, TopK
 from opd_lightning.samplers import NativeSampler
+from opd_lightning.sources import TeacherSource
 from tests.helpers import tiny_data, tiny_module, tiny_trainer
 
 Pair = tuple[Path, Path]
@@ -69,7 +70,7 @@ def watch(
     alarm: Alarm | None = None,
     tokens: int = 8,
     actions: dict[str, str] | None = None,
-    rollout: dict[str, int] | None = None,
+    rollout: dict[str, Any] | None = None,
     extra: list[Any] | None = None,
     **trainer: Any,
 ) -> tuple[Alarms, History]:
@@ -166,6 +167,9 @@ HEALTHY: dict[str, Callable[[Path, Pair], tuple[Alarms, History]]] = {
     "far teacher": lambda root, pair: watch(root, tiny_module(pair), 24, tiny_data(), alarms.OverlapStagnation(steps=15)),
     "moving teacher": lambda root, pair: watch(
         root, tiny_module(pair, teacher=EMATeacher(0.05)), 20, tiny_data(teacher_template=PlainTemplate(prefix="12+"))
+    ),
+    "teacher's text": lambda root, pair: watch(
+        root, tiny_module(pair, Objective(ForwardKL()), lr=2e-2), 4, tiny_data(), rollout={"source": TeacherSource()}
     ),
     "sampled and reused": lambda root, pair: watch(
         root,

@@ -76,6 +76,17 @@ def test_every_moment_comes_back(
 
 
 @pytest.mark.slow
+def test_two_processes_come_back_to_the_bit(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, two = tmp_path / "runs", ("--trainer.strategy", "fsdp2", "--trainer.devices", "2")
+    config = written(tmp_path, pair, micro=2)
+    code, found, _ = drilled(capsys, config, "--ways", "SIGKILL", "--moments", "backward", "--folder", str(folder), *two)
+    assert code == 0 and found["equal"] and [c["resumed_from"] for c in found["cases"]] == [3]  # inside a refresh
+    assert all('["losses"' in (folder / f"reference.notes.{rank}").read_text() for rank in (0, 1))
+
+
+@pytest.mark.slow
 def test_a_callback_that_forgets_is_found(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

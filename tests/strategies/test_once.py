@@ -11,7 +11,7 @@ import torch
 from opd_lightning.models.tiny import save_tiny
 from tests.strategies.test_splits import two_processes
 
-KINDS = ("full", "lora+ema", "lora+pruned", "full+bfloat16+checkpointing", "lora+needy")
+KINDS = ("lora+ema+pruned", "full+bfloat16+checkpointing", "lora+needy")
 
 
 def equal(a: Any, b: Any) -> bool:
