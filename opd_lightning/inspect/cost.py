@@ -26,7 +26,7 @@ from opd_lightning.models.loading import hollow_model
 from opd_lightning.models.lora import add_lora
 from opd_lightning.models.students import Student, prune_layers
 from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, FunctionTeacher, LiveTeacher, ServerTeacher
-from opd_lightning.ops.fused import TILE
+from opd_lightning.ops.fused import tokens_at_once
 
 PHASES = ("rollout", "student forward", "teacher forward", "heads and loss", "backward", "optimizer")
 SAMPLE = 64
@@ -213,7 +213,7 @@ def memory(student: Shape, teachers: Sequence[Shape], load: Load, machine: Machi
     tokens = load.micro_batch * (load.prompt + load.completion)
     size = student.dtype.itemsize
     kept = student.width if checkpointing else 9 * student.width + 4 * student.inner + 2 * student.cached
-    scored = load.micro_batch * load.completion * student.head // student.width
+    scored = load.micro_batch * load.completion
     one_layer = (9 * student.width + 4 * student.inner) if checkpointing else 0
     found = {
         "student": float(student.bytes),
@@ -233,12 +233,12 @@ def memory(student: Shape, teachers: Sequence[Shape], load: Load, machine: Machi
     return {name: value for name, value in found.items() if value}
 
 
-def _of_loss(logits: int, student: Shape) -> float:
-    """Both models' tiles of logits, and the sum over tiles of a trained head's gradient where there is more than one."""
-    size = student.dtype.itemsize
-    if student.head_trained and logits * size <= 4 * TILE:
-        return 2.0 * logits * size
-    return 2.0 * min(TILE, logits) * size + (student.head * 4.0 if student.head_trained else 0.0)
+def _of_loss(tokens: int, student: Shape) -> float:
+    """The teacher's tile of logits, the student's logits or their gradients, and the sum of a trained head's gradient."""
+    vocab = student.head // student.width
+    tile, gathered = tokens_at_once(tokens, vocab, student.dtype, student.head_trained)
+    logits = float(vocab * (tile + gathered) * student.dtype.itemsize)
+    return logits + (student.head * 4.0 if student.head_trained and gathered < tokens else 0.0)
 
 
 def measure(words: Sequence[str]) -> tuple[dict[str, float], float]:

@@ -1,16 +1,18 @@
 """A row-wise loss on a language model's logits, without the logits.
 
 The head multiplies a tile of tokens, a cache-sized block of rows at a time becomes values and its own gradient, and the
-gradient takes the logits' place in memory. So two tiles (one a model) and the weight gradient are all that is ever alive,
-whatever the number of tokens, and every logit is computed once: the gradient is made in the forward pass for the factors
-that the caller expects, and made again in the backward pass only where it expected none or wrong ones.
+gradient takes the logits' place in memory. So two tiles (one a model), the logit gradients of some tiles of a trained head and
+its weight gradient are all that is ever alive, whatever the number of tokens, and every logit is computed once: the gradient
+is made in the forward pass for the factors that the caller expects, and made again in the backward pass only where it expected
+none or wrong ones.
 
-Weight gradients are summed over tiles in float32 at least: a sum in bfloat16 would lose what late tiles add to it.
+Weight gradients are summed in float32 at least: a sum in bfloat16 would lose what late tokens add to it. Adding to such a sum
+moves 8 bytes a weight, so it is done once for many tokens, and not at all where these are all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -22,8 +24,15 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from opd_lightning.ops.heads import Head
 
 TILE = 3 * 2**23
-"""Logits of one model that are alive at once: 48 MiB in bfloat16. Larger tiles make the matrix products no faster. But where
-one of up to 96 MiB holds all tokens, a trained head's gradient is no sum: as much memory in all, a quarter of the time less."""
+"""Logits of one model that are alive at once beside a weight gradient: 48 MiB in bfloat16. Twice as many where none is made."""
+
+TOKENS = 256
+"""A tile holds at least so many tokens, however large the vocabulary: with 165 of 151 936 entries the products took 1.3 x as
+long a token, since each tile reads the whole weight."""
+
+GATHERED = 2**11
+"""Bytes that each entry of a vocabulary (of at least 49 152) may take of logit gradients which wait for one product with the
+hidden states: 1 024 tokens in bfloat16. Where these are all, as much memory as with smaller tiles and a sum, in less time."""
 
 ROWS = 256
 """Tokens whose gradient is multiplied with the weight at a time on a CPU: with 1024 of a vocabulary of 49 152 it takes 1.6 x as
@@ -34,6 +43,26 @@ BLOCK = 2**19
 
 PIECE = 4096
 """Vocabulary rows of the weight gradient that are multiplied and added at a time."""
+
+
+def tokens_at_once(tokens: int, vocab: int, dtype: torch.dtype, gathers: bool) -> tuple[int, int]:
+    """Tokens of a tile, and those whose logit gradients wait for one product with the hidden states.
+
+    Args:
+        tokens: of the batch.
+        vocab: rows of the head.
+        dtype: of its products.
+        gathers: whether it is a matrix that is trained.
+
+    >>> tokens_at_once(512, 151_936, torch.bfloat16, gathers=True), tokens_at_once(8192, 151_936, torch.bfloat16, gathers=True)
+    ((512, 512), (256, 1024))
+    """
+    tile = gathered = max(TOKENS, (TILE if gathers else 2 * TILE) // vocab)
+    if gathers:
+        most = max(GATHERED, 4 * TILE // vocab) // dtype.itemsize
+        tile = tokens if tokens <= most else tile
+        gathered = max(most // max(tile, 1), 1) * tile
+    return min(tile, tokens), min(gathered, tokens)
 
 
 class Scored(NamedTuple):
@@ -71,7 +100,6 @@ def score_rows(
     head: Head,
     rows: Rows,
     expected: Sequence[Tensor | None] | None = None,
-    tile: int | None = None,
 ) -> tuple[list[Tensor], dict[Hashable, Tensor]]:
     """Outputs of every token, differentiable with respect to the hidden states and the head, and measurements.
 
@@ -81,7 +109,6 @@ def score_rows(
         rows: what is computed from the logits.
         expected: the gradient that each output is expected to get, up to one common factor; None if nobody knows. A wrong
             guess costs time, never correctness.
-        tile: logits of one model that may be alive at once; None is `TILE`.
 
     Returns:
         (N,) outputs, and (N,) measurements by name.
@@ -95,7 +122,7 @@ def score_rows(
     if hidden.dtype == torch.float16 and expected is not None:
         expected = _at_most_one(expected)
     autocast = torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
-    work = _Work(head, rows, expected if torch.is_grad_enabled() else None, tile or TILE, autocast)
+    work = _Work(head, rows, expected if torch.is_grad_enabled() else None, autocast)
     if not head.plain:
         work.random = torch.get_rng_state(), *get_device_states(hidden)
     outputs = _Fused.apply(hidden, work, *head.trained)
@@ -105,11 +132,8 @@ def score_rows(
 class _Work:
     """The tile loop, and what it leaves."""
 
-    def __init__(
-        self, head: Head, rows: Rows, expected: Sequence[Tensor | None] | None, tile: int, autocast: torch.autocast
-    ) -> None:
+    def __init__(self, head: Head, rows: Rows, expected: Sequence[Tensor | None] | None, autocast: torch.autocast) -> None:
         self.head, self.rows, self.expected = head, rows, expected
-        self.tile = tile
         self.outputs: list[Tensor] = []
         self.measured: dict[Hashable, Tensor] = {}
         self.ready: tuple[Tensor | None, list[Tensor]] | None = None
@@ -130,11 +154,13 @@ class _Work:
         Returns:
             outputs, the hidden states' gradient, the parameters' gradients (in float32 or wider if summed over tiles).
         """
-        product = _Product(self.head, hidden, wanted and factors is not None)
-        tile = max(1, self.tile // _width(self.head))
-        if product.trained and len(hidden) * _width(self.head) * hidden.dtype.itemsize <= 4 * self.tile:
-            tile = max(1, len(hidden))
-        block = max(1, BLOCK // self.head.vocab) if hidden.device.type == "cpu" else tile
+        gathers = self.head.plain and bool(self.head.trained) and factors is not None
+        tile, gathered = tokens_at_once(len(hidden), _width(self.head), hidden.dtype, gathers)
+        product = _Product(self.head, hidden, wanted and factors is not None, gathered)
+        block = tile
+        if hidden.device.type == "cpu":
+            block = max(1, BLOCK // self.head.vocab)
+            block += block % 2 if block > 1 else 0  # rows are shared out among the cores
         for start in range(0, len(hidden), tile):
             stop = min(start + tile, len(hidden))
             values = product.forward(start, stop)
@@ -193,8 +219,8 @@ class _Work:
 class _Product:
     """The head's matrix product, tile by tile, forwards and backwards."""
 
-    def __init__(self, head: Head, hidden: Tensor, of_hidden: bool) -> None:
-        self.head, self.hidden = head, hidden
+    def __init__(self, head: Head, hidden: Tensor, of_hidden: bool, gathered: int) -> None:
+        self.head, self.hidden, self.gathered = head, hidden, gathered
         self.of_hidden = torch.empty_like(hidden) if of_hidden else None
         self.trained = head.trained
         self.of_parameters: list[Tensor] = []
@@ -209,8 +235,9 @@ class _Product:
         states = self.hidden[start:stop]
         if self.weight is not None:
             if self._buffer is None:
-                self._buffer = states.new_empty(len(states), self.weight.shape[0])
-            values = torch.mm(states, self.weight.t(), out=self._buffer[: len(states)])
+                self._buffer = states.new_empty(min(self.gathered, len(self.hidden)), self.weight.shape[0])
+            at = start % self.gathered
+            values = torch.mm(states, self.weight.t(), out=self._buffer[at : at + len(states)])
             return values if self.bias is None else values.add_(self.bias.detach())
         with torch.enable_grad():
             leaf = states.detach().requires_grad_()
@@ -228,7 +255,7 @@ class _Product:
             )
             if self.of_hidden is not None:
                 self.of_hidden[start:stop] = of_leaf
-            for total, part in zip(self._sums(), of_parameters, strict=True):
+            for total, part in zip(self._sums(torch.zeros), of_parameters, strict=True):
                 total += part
             return
         if self.of_hidden is not None:
@@ -236,22 +263,30 @@ class _Product:
             for a in range(start, stop, step):
                 b = min(a + step, stop)
                 torch.mm(gradient[a - start : b - start], self.weight, out=self.of_hidden[a:b])
+        if self.trained and (stop % self.gathered == 0 or stop == len(self.hidden)):
+            self._weigh((stop - 1) // self.gathered * self.gathered, stop)
+
+    def _weigh(self, start: int, stop: int) -> None:
+        """Carry the gathered logit gradients of these tokens on to the parameters."""
+        assert self._buffer is not None
+        gradient, states = self._buffer[: stop - start], self.hidden[start:stop]
         if len(gradient) == len(self.hidden):  # nothing to sum
             self.of_parameters = [
-                gradient.t() @ self.hidden if p.ndim == 2 else gradient.sum(0, dtype=_wide(p.dtype)) for p in self.trained
+                gradient.t() @ states if p.ndim == 2 else gradient.sum(0, dtype=_wide(p.dtype)) for p in self.trained
             ]
             return
-        for parameter, total in zip(self.trained, self._sums(), strict=True):
+        put = Tensor.add_ if self.of_parameters else Tensor.copy_
+        for parameter, total in zip(self.trained, self._sums(torch.empty), strict=True):
             if parameter.ndim == 1:
-                total += gradient.sum(0, dtype=total.dtype)
+                put(total, gradient.sum(0, dtype=total.dtype))
                 continue
             for a in range(0, len(total), PIECE):
-                total[a : a + PIECE] += torch.mm(gradient[:, a : a + PIECE].t(), self.hidden[start:stop])
+                put(total[a : a + PIECE], torch.mm(gradient[:, a : a + PIECE].t(), states))
 
-    def _sums(self) -> list[Tensor]:
+    def _sums(self, make: Callable[..., Tensor]) -> list[Tensor]:
         """The parameters' gradients so far; made when the first is added."""
         if not self.of_parameters:
-            self.of_parameters = [torch.zeros(p.shape, dtype=_wide(p.dtype), device=p.device) for p in self.trained]
+            self.of_parameters = [make(p.shape, dtype=_wide(p.dtype), device=p.device) for p in self.trained]
         return self.of_parameters
 
 
