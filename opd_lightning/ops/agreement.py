@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd_lightning.ops.logprobs import membership
+from opd_lightning.ops.logprobs import membership, top_k
 
 
 class Agreement(NamedTuple):
@@ -46,12 +46,11 @@ def agreement(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], k: i
     """
     vocab = student.shape[-1]
     k = min(k, vocab)
-    ours, theirs = student.topk(k, -1), teacher.topk(k, -1)
-    ids = ours.indices
-    shared = membership(ids, theirs.indices, vocab)
+    (ours, ids), (theirs, their_ids) = top_k(student, k), top_k(teacher, k)
+    shared = membership(ids, their_ids, vocab)
     size = shared.sum(-1)
     floor = torch.finfo(student.dtype).min
-    s = student.gather(-1, ids).masked_fill(~shared, floor)
+    s = ours.masked_fill(~shared, floor)
     t = teacher.gather(-1, ids).masked_fill(~shared, floor)
     log_p = s - s.logsumexp(-1, keepdim=True)
     log_q = t - t.logsumexp(-1, keepdim=True)
@@ -61,6 +60,6 @@ def agreement(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], k: i
         student_mass=s.exp().sum(-1),
         teacher_mass=t.exp().sum(-1),
         advantage=terms.sum(-1) / size.clamp(min=1),
-        student_top_mass=ours.values.exp().sum(-1),
-        teacher_top_mass=theirs.values.exp().sum(-1),
+        student_top_mass=ours.exp().sum(-1),
+        teacher_top_mass=theirs.exp().sum(-1),
     )

@@ -38,6 +38,20 @@ def test_tail_is_what_the_head_leaves(dtype: torch.dtype) -> None:
     assert whole.grad.abs().max() == 0.0  # and nothing is pushed
 
 
+@pytest.mark.parametrize("vocab", [7, 1024, 2000, 4097])
+def test_top_k_is_that_of_torch(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    laws = torch.randn(5, vocab, generator=generator)
+    laws[0, -1], laws[1] = 9.0, -torch.inf  # behind the last whole group; nothing to choose
+    for k in (1, 3, 7):
+        values, ids = lp.top_k(laws, k)
+        expected = laws.topk(k, -1)
+        assert torch.equal(values, expected.values)
+        assert torch.equal(laws.gather(-1, ids), values)
+        assert all(len(set(row)) == k for row in ids.tolist())
+        assert torch.equal(ids[[0, 2, 3, 4]], expected.indices[[0, 2, 3, 4]])
+
+
 def test_membership() -> None:
     found = lp.membership(torch.tensor([[0, 3], [2, 1]]), torch.tensor([[3, 4], [0, 4]]), vocab=5)
     assert found.tolist() == [[False, True], [False, False]]
