@@ -8,7 +8,6 @@ from torch import Tensor
 
 from opd_lightning.objectives.divergences import ReverseKL
 from opd_lightning.objectives.supports import TopK
-from opd_lightning.ops import logprobs as lp
 from opd_lightning.ops.agreement import agreement
 from opd_lightning.ops.estimators import k1, k3
 from opd_lightning.ops.reach import reach
@@ -26,11 +25,11 @@ def statistics(
 ) -> dict[str, Tensor]:
     """Measurements of the two models, whatever is descended. (n,) each, in nats where nothing is said.
 
-    Of a teacher whose laws are ``known`` in part, only what follows from that part.
+    Of a teacher whose laws are ``known`` in part, only what follows from that part. What follows from the log-probabilities of
+    the drawn tokens alone is left to `of_drawn`.
     """
-    on_token = lp.gather(student, tokens), lp.gather(teacher, tokens)
     dot = torch.linalg.vecdot
-    out = {"student_entropy": -dot(student_probs, student), "k1": k1(*on_token), "k3": k3(*on_token)}
+    out = {"student_entropy": -dot(student_probs, student)}
     if known is None:
         out |= {
             "teacher_entropy": -dot(teacher_probs, teacher),
@@ -47,3 +46,8 @@ def statistics(
             wanted = reach(student, teacher, student_probs, teacher_probs, tokens)
             out |= {"student_reach": wanted.student, "teacher_reach": wanted.teacher, "leak": wanted.leak}
     return out
+
+
+def of_drawn(student: Float[Tensor, " n"], teacher: Float[Tensor, " n"]) -> dict[str, Tensor]:
+    """Estimators of the reverse KL from the log-probabilities of the drawn tokens."""
+    return {"k1": k1(student, teacher), "k3": k3(student, teacher)}

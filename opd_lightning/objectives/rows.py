@@ -14,7 +14,7 @@ from opd_lightning.objectives.baselines import Baseline
 from opd_lightning.objectives.credits import Credit
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
 from opd_lightning.objectives.gates import Gate
-from opd_lightning.objectives.measurements import statistics
+from opd_lightning.objectives.measurements import of_drawn, statistics
 from opd_lightning.objectives.routes import Route, Vanilla
 from opd_lightning.objectives.shapers import Shaper
 from opd_lightning.objectives.supports import FullVocab, Scores, Support, World
@@ -203,6 +203,9 @@ class ObjectiveRows:
     def collect(self, outputs: Sequence[Tensor], measured: dict[Hashable, Tensor]) -> tuple[list[Parts], dict[str, Tensor]]:
         """Outputs and measurements of all tokens, sorted by objective."""
         found = dict(zip(self.names, outputs, strict=True))
+        if (0, "_cost") not in measured:  # `_closed` leaves them to us
+            measured |= _of_exact_sum(self.objectives[0], found[0, "direct"].detach())
+            measured |= of_drawn(measured[0, "logprob"], measured[0, "_teacher_logprob"])
         parts = []
         for i in range(len(self.objectives)):
             detached = {k[1][1:]: v for k, v in measured.items() if isinstance(k, tuple) and k[0] == i and k[1] != "logprob"}
@@ -233,7 +236,10 @@ class ObjectiveRows:
     def _closed(
         self, logits: Tensor, others: Sequence[Tensor], start: int, stop: int, factors: Sequence[Tensor | None]
     ) -> Scored | None:
-        """One exact sum over the vocabulary against the teacher itself, with the divergence's own gradient: no graph."""
+        """One exact sum over the vocabulary against the teacher itself, with the divergence's own gradient: no graph.
+
+        What follows from these outputs and measurements is left to `collect`.
+        """
         (objective,) = self.objectives if len(self.objectives) == 1 else (None,)
         if objective is None or self.names != [(0, "direct")] or factors[0] is None:
             return None
@@ -248,13 +254,10 @@ class ObjectiveRows:
             return None
         value, gradient = closed
         gradient *= (factors[0].to(gradient.dtype) / objective.temperature)[:, None]
-        signals = _signals(objective, Scores(value, None, value), World(student, teacher, tokens))
-        signals["teacher_logprob"] = lp.gather(teacher, tokens)
         exact = value if type(objective.divergence) is ReverseKL else None
-        stats = statistics(student, teacher, *probs, tokens, self.agreement_k, exact, self.known)
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
-        measured |= {(0, "_" + key): value for key, value in signals.items()}
-        measured.update(stats)
+        measured[0, "_teacher_logprob"] = lp.gather(teacher, tokens)
+        measured |= statistics(student, teacher, *probs, tokens, self.agreement_k, exact, self.known)
         self._watch(logits, others, start)
         return Scored([value], measured, gradient)
 
@@ -328,7 +331,9 @@ def score(
             ours, theirs, shares = objective.support.common(student, teacher, matched)
             stats = statistics(ours, theirs, ours.exp(), theirs.exp(), tokens, agreement_k if measuring else 0, None, known)
             if shares:  # the drawn token need not be one of both vocabularies
-                stats = {key: value for key, value in stats.items() if key not in ("k1", "k3", "leak")} | shares
+                stats = {key: value for key, value in stats.items() if key != "leak"} | shares
+            else:
+                stats |= of_drawn(lp.gather(ours, tokens), lp.gather(theirs, tokens))
         if objective.gates:
             detached |= {k: stats[k] for k in ("student_entropy", "teacher_entropy", "reverse_kl") if k in stats}
     return Parts(scores.direct, logprob, routed.log_destination if routed is not None else None, detached), (
@@ -358,6 +363,12 @@ def _signals(objective: Axes, scores: Scores, world: World) -> dict[str, Tensor]
     if objective.credit.analytic:
         out["state_cost"] = _state_cost(objective, scores, student, aim)
     return out
+
+
+def _of_exact_sum(objective: Axes, value: Tensor) -> dict[Hashable, Tensor]:
+    """`_signals` of a divergence that is summed over the vocabulary against the teacher itself."""
+    none = torch.zeros_like(value)
+    return {(0, "_reward"): none, (0, "_cost"): value, (0, "_state_cost"): value if objective.credit.analytic else none}
 
 
 def _state_cost(objective: Axes, scores: Scores, student: Tensor, aim: Tensor) -> Tensor:

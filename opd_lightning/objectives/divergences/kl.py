@@ -42,9 +42,9 @@ class ReverseKL(Divergence):
         student_probs: Float[Tensor, "*n V"],
         teacher_probs: Float[Tensor, "*n V"],
     ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]]:
-        gap = student - teacher
-        value = torch.linalg.vecdot(student_probs, gap)
-        return value, gap.sub_(value[..., None]).mul_(student_probs)
+        share = (student - teacher).mul_(student_probs)
+        value = share.sum(-1)
+        return value, share.addcmul_(student_probs, value[..., None], value=-1.0)
 
 
 class ForwardKL(Divergence):
