@@ -205,7 +205,7 @@ class ObjectiveRows:
         found = dict(zip(self.names, outputs, strict=True))
         if (0, "_cost") not in measured:  # `_closed` leaves them to us
             measured |= _of_exact_sum(self.objectives[0], found[0, "direct"].detach())
-            measured |= of_drawn(measured[0, "logprob"], measured[0, "_teacher_logprob"])
+            measured.update(of_drawn(measured[0, "logprob"], measured[0, "_teacher_logprob"]))
         parts = []
         for i in range(len(self.objectives)):
             detached = {k[1][1:]: v for k, v in measured.items() if isinstance(k, tuple) and k[0] == i and k[1] != "logprob"}
@@ -257,7 +257,7 @@ class ObjectiveRows:
         exact = value if type(objective.divergence) is ReverseKL else None
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
         measured[0, "_teacher_logprob"] = lp.gather(teacher, tokens)
-        measured |= statistics(student, teacher, *probs, tokens, self.agreement_k, exact, self.known)
+        measured.update(statistics(student, teacher, *probs, tokens, self.agreement_k, exact, self.known))
         self._watch(logits, others, start)
         return Scored([value], measured, gradient)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,10 +46,14 @@ def reach(
     >>> [round(x.item(), 3) for x in found]
     [0.2, 0.6, 0.6]
     """
-    # Products with ones and zeros: on a CPU, `where` takes twenty times as long as they do.
-    wanted, unwanted = (teacher - student).gt_(0.0), (teacher - student).lt_(0.0)
-    ours, theirs = torch.linalg.vecdot(student_probs, wanted), torch.linalg.vecdot(teacher_probs, wanted)
-    rejected = torch.linalg.vecdot(student_probs, unwanted)
+    gap = torch.empty_like(student)
+
+    def mass(probs: Tensor, side: Callable[[Tensor, float], Tensor]) -> Tensor:
+        """Probability where the gap lies on that side; on a CPU, `where` takes ten times as long as these products."""
+        return side(torch.sub(teacher, student, out=gap), 0.0).mul_(probs).sum(-1)
+
+    ours, theirs = mass(student_probs, Tensor.gt_), mass(teacher_probs, Tensor.gt_)
+    rejected = mass(student_probs, Tensor.lt_)
     drawn = gather(student_probs, tokens)
     leak = (rejected - drawn).clamp(min=0.0) / (1.0 - drawn).clamp(min=torch.finfo(drawn.dtype).eps)
     suppressed = gather(teacher, tokens) < gather(student, tokens)
