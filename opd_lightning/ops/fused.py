@@ -27,12 +27,12 @@ TILE = 3 * 2**23
 """Logits of one model that are alive at once beside a weight gradient: 48 MiB in bfloat16. Twice as many where none is made."""
 
 TOKENS = 256
-"""A tile holds at least so many tokens, however large the vocabulary: with 165 of 151 936 entries the products took 1.3 x as
+"""A tile holds at least so many tokens, however large the vocabulary: with 165 of 151 936 entries the products took 1.2 x as
 long a token, since each tile reads the whole weight."""
 
 GATHERED = 2**11
-"""Bytes that each entry of a vocabulary (of at least 49 152) may take of logit gradients which wait for one product with the
-hidden states: 1 024 tokens in bfloat16. Where these are all, as much memory as with smaller tiles and a sum, in less time."""
+"""Bytes that each entry of a vocabulary (of at least 49 152) may take of logit gradients if that saves a trained head the sum:
+1 024 tokens in bfloat16. Beside a sum it is half as much."""
 
 ROWS = 256
 """Tokens whose gradient is multiplied with the weight at a time on a CPU: with 1024 of a vocabulary of 49 152 it takes 1.6 x as
@@ -55,13 +55,13 @@ def tokens_at_once(tokens: int, vocab: int, dtype: torch.dtype, gathers: bool) -
         gathers: whether it is a matrix that is trained.
 
     >>> tokens_at_once(512, 151_936, torch.bfloat16, gathers=True), tokens_at_once(8192, 151_936, torch.bfloat16, gathers=True)
-    ((512, 512), (256, 1024))
+    ((512, 512), (256, 512))
     """
     tile = gathered = max(TOKENS, (TILE if gathers else 2 * TILE) // vocab)
     if gathers:
         most = max(GATHERED, 4 * TILE // vocab) // dtype.itemsize
         tile = tokens if tokens <= most else tile
-        gathered = max(most // max(tile, 1), 1) * tile
+        gathered = tokens if tokens <= most else max(most // 2 // tile, 1) * tile
     return min(tile, tokens), min(gathered, tokens)
 
 

@@ -49,7 +49,7 @@ def reach(
     gap = torch.empty_like(student)
 
     def mass(probs: Tensor, side: Callable[[Tensor, float], Tensor]) -> Tensor:
-        """Probability where the gap lies on that side; on a CPU, `where` takes ten times as long as these products."""
+        """Probability where the gap lies on that side; on a CPU, `where` takes several times as long as these products."""
         return side(torch.sub(teacher, student, out=gap), 0.0).mul_(probs).sum(-1)
 
     ours, theirs = mass(student_probs, Tensor.gt_), mass(teacher_probs, Tensor.gt_)
