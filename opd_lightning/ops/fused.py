@@ -27,7 +27,7 @@ TILE = 3 * 2**23
 """Logits of one model that are alive at once beside a weight gradient: 48 MiB in bfloat16. Twice as many where none is made."""
 
 TOKENS = 256
-"""A tile holds at least so many tokens, however large the vocabulary: with 165 of 151 936 entries the products took 1.2 x as
+"""Tiles hold a multiple of so many tokens, however large the vocabulary: with 165 of 151 936 entries products took 1.2 x as
 long a token, since each tile reads the whole weight."""
 
 GATHERED = 2**11
@@ -57,7 +57,7 @@ def tokens_at_once(tokens: int, vocab: int, dtype: torch.dtype, gathers: bool) -
     >>> tokens_at_once(512, 151_936, torch.bfloat16, gathers=True), tokens_at_once(8192, 151_936, torch.bfloat16, gathers=True)
     ((512, 512), (256, 512))
     """
-    tile = gathered = max(TOKENS, (TILE if gathers else 2 * TILE) // vocab)
+    tile = gathered = max(1, (TILE if gathers else 2 * TILE) // vocab // TOKENS) * TOKENS
     if gathers:
         most = max(GATHERED, 4 * TILE // vocab) // dtype.itemsize
         tile = tokens if tokens <= most else tile
