@@ -161,6 +161,14 @@ def is_cut(model: nn.Module) -> bool:
     return any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
 
 
+def plain_class(model: nn.Module) -> type[nn.Module]:
+    """The class of a model before FSDP2, which makes one of its own of every class that it shards."""
+    from torch.distributed.fsdp import FSDPModule
+
+    found: type[nn.Module] = type(model).__bases__[-1] if isinstance(model, FSDPModule) else type(model)
+    return found
+
+
 def _roots(model: nn.Module) -> list[nn.Module]:
     """The outermost FSDP2 units."""
     from torch.distributed.fsdp import FSDPModule

@@ -98,6 +98,7 @@ class RolloutRefresh(Logging):
         trainer.accumulate_grad_batches = plan.accumulate
         if self.buffer is None or self.buffer.plan != plan:  # a second fit() keeps the buffer
             self.buffer = RolloutBuffer(plan, self.seed)
+        self.sampler.check()
         self._ahead = Ahead.of(self.ahead, trainer, self.sampler)
         self.buffer.refill = lambda refresh: self.refresh(trainer, pl_module, refresh)
         data.buffer = self.buffer

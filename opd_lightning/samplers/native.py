@@ -73,6 +73,9 @@ class NativeSampler(Configurable):
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.max_new_tokens, self.batch_size, self.engine = max_new_tokens, batch_size, engine
 
+    def check(self) -> None:
+        """Refuse what cannot write, before any weight is loaded. Called on all ranks."""
+
     @torch.no_grad()
     def write(
         self,

@@ -15,7 +15,7 @@ from opd_lightning import parallel
 from opd_lightning.models.lora import base_of, plain_state
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.samplers.native import NativeSampler
-from opd_lightning.samplers.vllm_server import EngineError, VLLMServer, shared_folder, write_folder
+from opd_lightning.samplers.vllm_server import EngineError, VLLMServer, lacks_vllm, shared_folder, write_folder
 from opd_lightning.types import NOT_A_STUDENT, Completion
 
 __all__ = ["VLLMSampler"]
@@ -32,7 +32,7 @@ NOISE = 1e-5
 
 
 class VLLMSampler(NativeSampler):
-    """Completions written by vLLM, a server beside the run. The student's weights are handed over before every refresh.
+    """Completions written by vLLM, a child process on the run's device or a server, with the weights of every refresh.
 
     The recorded log-probabilities are the engine's own: the gap to the trainer's shows as `train/ratio_deviation`, and
     `objective.correction` (`TruncatedRatio`) is there for it. After every refresh both score one fixed text. Where they differ
@@ -40,8 +40,8 @@ class VLLMSampler(NativeSampler):
     would train on text of another student without a sign. Evaluations and text of a teacher are written by the native sampler.
 
     Args:
-        python: interpreter of an environment with vLLM, which the run starts and ends there; it may hold other versions of
-            torch and transformers.
+        python: interpreter of an environment with vLLM, which the run starts there and which ends with it; it may hold other
+            versions of torch and transformers. Several ranks share one engine.
         url: of a server that runs already, with the student's architecture, ``VLLM_SERVER_DEV_MODE=1`` and
             ``--logprobs-mode processed_logprobs``.
         folder: where weights are handed over; a server on another machine must see it under this path. null is a temporary one.
@@ -87,6 +87,19 @@ class VLLMSampler(NativeSampler):
         self._held: tuple[weakref.ref[nn.Module], int] | None = None  # the model and step whose weights the engine has
         self._before: Tensor | None = None  # the trainer's canary before the last hand-over
         self._now: Tensor | None = None
+
+    def check(self) -> None:
+        """Raises:
+        ValueError: for an interpreter without vLLM.
+        EngineError: if there is no server at the address, or one of several models.
+        """
+        if self.url is not None:
+            VLLMServer(self.url, Path()).meet()
+        elif self.python is not None and (problem := lacks_vllm(self.python)):
+            raise ValueError(
+                f"rollout.sampler.python={self.python!r} {problem}: give the interpreter of an environment with vLLM "
+                "(`python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm` makes one with an NVIDIA GPU)"
+            )
 
     @torch.no_grad()
     def write(

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opd_lightning import parallel
 from opd_lightning.endpoint import Endpoint, Refused, Unreachable, in_parallel
 
 NAME = "student"
@@ -49,7 +50,7 @@ def write_folder(folder: Path, base: Any, tokenizer: Any, state: dict[str, Tenso
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     config = copy.deepcopy(base.config)
-    config.architectures = [type(base).__name__]  # a model that was made from nothing has none
+    config.architectures = [parallel.plain_class(base).__name__]  # a model that was made from nothing has none
     config.tie_word_embeddings = False
     config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -85,14 +86,21 @@ class VLLMServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", NAME]
+        words = [
+            str(Path(python).expanduser()),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(model),
+            "--served-model-name",
+            NAME,
+        ]
         words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
         words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *options]
         log = model.parent / "vllm.log"
         rank_zero_info(f"starting vLLM at port {port} (log: {log})")
-        # the sub-process must not import this environment's packages
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-        env["VLLM_SERVER_DEV_MODE"] = "1"  # new weights come through /collective_rpc, which exists in this mode alone
+        # new weights come through /collective_rpc, which exists in this mode alone
+        env = _environment() | {"VLLM_SERVER_DEV_MODE": "1"}
         with log.open("ab") as out:
             process = subprocess.Popen(
                 words, stdout=out, stderr=out, env=env, cwd=model.parent, start_new_session=True, preexec_fn=_ends_with_parent()
@@ -181,6 +189,23 @@ class VLLMServer:
         except Unreachable as error:
             raise EngineError(f"vLLM went away: {error}. The run resumes with --ckpt_path last") from error
         return choice
+
+
+def lacks_vllm(python: str) -> str:
+    """Why an interpreter cannot run vLLM, empty if it can. Nothing is imported: that takes vLLM many seconds."""
+    words = [str(Path(python).expanduser()), "-c", "from importlib.util import find_spec; print(find_spec('vllm') is not None)"]
+    try:
+        asked = subprocess.run(words, env=_environment(), capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not run ({error})"
+    if asked.returncode:
+        return f"is no Python ({(asked.stderr or asked.stdout).strip()[-200:] or f'exit code {asked.returncode}'})"
+    return "" if asked.stdout.strip() == "True" else "has no package vllm"
+
+
+def _environment() -> dict[str, str]:
+    """Without what would make another interpreter import this environment's packages."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
 
 def shared_folder() -> Path:
