@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from opd_lightning.callbacks import AgreementMonitor, Alarms, OPDCheckpoint, RolloutRefresh, alarms
 from opd_lightning.callbacks.alarms import Alarm, Facts
 from opd_lightning.callbacks.step_monitor import logged_at_step
-from opd_lightning.data import Addition, PlainTemplate, PromptDataModule, TaskPrompts
+from opd_lightning.data import Addition, Hint, JsonlPrompts, PlainTemplate, PromptDataModule, TaskPrompts
 from opd_lightning.metrics.catalog import define
 from opd_lightning.models import EMATeacher, FrozenTeacher, FunctionTeacher, LiveTeacher, Student
 from opd_lightning.module import OPDModule
@@ -109,6 +109,21 @@ def a_little_of_one_token(ids: torch.Tensor, vocab: int) -> torch.Tensor:
     return one_token(ids, vocab).mul(0.3).log_softmax(-1)
 
 
+def recites(ids: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Goes on with what it was told: BOS, the eight tokens, a sign and a prompt of four stand before the completion."""
+    position = torch.arange(ids.shape[1] - 1)
+    wanted = ids[:, 1 + (position - 13) % 8]
+    return (4.0 * torch.nn.functional.one_hot(wanted, vocab)).log_softmax(-1)
+
+
+def riddles(root: Path) -> PromptDataModule:
+    hints = {"1+2=": "##cc&&11", "3+4=": "9,9;9&9c", "5+6=": "07070c7c", "7+8=": "c1c2c3c4"}
+    lines = [json.dumps({"prompt": prompt, "hint": hint}) for prompt, hint in hints.items()]
+    (root / "riddles.jsonl").write_text("\n".join(lines))
+    told = Hint(wording="{information};{prompt}")
+    return PromptDataModule(JsonlPrompts(str(root / "riddles.jsonl")), teacher_template=told, batch_size=16, seed=5)
+
+
 FAULTS: dict[str, Callable[[Path, Pair], Any]] = {
     # a target far sharper than the teacher
     "EntropyCollapse": lambda root, pair: watch(
@@ -123,6 +138,9 @@ FAULTS: dict[str, Callable[[Path, Pair], Any]] = {
     "LengthExplosion": lambda root, pair: watch(root, zoo(1e-3, FunctionTeacher(never_ends)), 20, sums(), tokens=96),
     "EOSLoss": lambda root, pair: watch(root, zoo(1e-3, FunctionTeacher(never_ends)), 20, sums(), tokens=96),
     "LengthCollapse": lambda root, pair: watch(root, zoo(3e-3, FunctionTeacher(ends_at_once)), 15, sums(), tokens=48),
+    "PILeak": lambda root, pair: watch(
+        root, tiny_module(pair, teacher=FunctionTeacher(recites), lr=2e-2), 80, riddles(root), alarms.PILeak(rise=0.1)
+    ),
     "RepetitionLoop": lambda root, pair: watch(root, zoo(3e-3, FunctionTeacher(a_little_of_one_token)), 30, sums(), tokens=32),
     # a learning rate of nearly nothing
     "OverlapStagnation": lambda root, pair: watch(
