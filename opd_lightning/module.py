@@ -122,7 +122,7 @@ class OPDModule(pl.LightningModule):
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The student's tokenizer, available before any weights."""
-        return Vocabulary.of(self.recipe.tokenizer(), extra_eos(self.recipe.config()))
+        return Vocabulary.of(self.recipe.tokenizer(), extra_eos(self.recipe.config()), self.recipe.processor)
 
     def setup(self, stage: str) -> None:
         strategies.refuse_split_weights(self.trainer.strategy)
@@ -240,15 +240,16 @@ class OPDModule(pl.LightningModule):
         owns = self._own_models() if who != "student" else []
         with evaluating(student), parallel.whole_weights(student, *owns):
             if who == "student":
-                ids = [p.ids for p in prompts]
-                return sampler.write(student, ids, seeds, self.vocabulary, self.global_step, on_progress)
+                ids, shown = [p.ids for p in prompts], [p.media for p in prompts]
+                return sampler.write(student, ids, seeds, self.vocabulary, self.global_step, on_progress, shown)
             written: dict[int, Completion] = {}
             voices = [self.teacher.writer(p) for p in prompts]
             for voice in {id(v): v for v in voices}.values():
                 rows = [i for i, v in enumerate(voices) if v is voice]
-                ids = [prompts[i].teacher_ids or prompts[i].ids for i in rows]
+                ids, shown = map(list, zip(*(prompts[i].for_teacher for i in rows), strict=True))
+                own_seeds = [seeds[i] for i in rows]
                 with voice.speaking(student) as model:
-                    own = sampler.write(model, ids, [seeds[i] for i in rows], self.vocabulary, NOT_A_STUDENT, on_progress)
+                    own = sampler.write(model, ids, own_seeds, self.vocabulary, NOT_A_STUDENT, on_progress, shown)
                 written |= zip(rows, own, strict=True)
             return [written[i] for i in range(len(prompts))]
 

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from opd_lightning import parallel
 from opd_lightning.configurable import Configurable
+from opd_lightning.media import digests
 from opd_lightning.metrics.text import repeated
 from opd_lightning.types import NOT_A_STUDENT, Completion, Prompt
 
@@ -143,7 +144,7 @@ class GradedTeacher(TeacherSource):
         if (archive := writers.archive()) is None:
             return None
         folder, origin = archive
-        asked = [(p.row, p.teacher_ids or p.ids) for p in prompts]
+        asked = [(p.row, ids, *digests(media)) for p in prompts for ids, media in (p.for_teacher,)]
         rules = (self.attempts, self.min_score, self.max_repetition)
         name = hashlib.sha256(json.dumps([origin, rules, asked]).encode()).hexdigest()[:24]
         return (Path(self.folder) if self.folder else folder) / f"{name}.jsonl"

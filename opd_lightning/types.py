@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from opd_lightning.media import Media, Shown, joined, mapped, plain, unplain
 from opd_lightning.ops import masks
 
 NOT_A_STUDENT = -1
@@ -32,6 +33,8 @@ class Prompt:
         fields: the other columns of the row (answer, metadata), for graders.
         row: number of the rollout to be written for it, counted over the whole run. Seeds and ownership follow from it.
         informed: False where the teacher's context should say more and cannot for this row: it is not trained on.
+        media: what the student's processor made of the prompt's images; None for text alone.
+        teacher_media: what the teacher's made of them, where it has tokens of its own.
     """
 
     index: int
@@ -42,6 +45,13 @@ class Prompt:
     fields: dict[str, Any] = field(default_factory=dict)
     row: int = 0
     informed: bool = True
+    media: Media | None = None
+    teacher_media: Media | None = None
+
+    @property
+    def for_teacher(self) -> tuple[tuple[int, ...], Media | None]:
+        """What the teacher reads and looks at."""
+        return (self.ids, self.media) if self.teacher_ids is None else (self.teacher_ids, self.teacher_media)
 
 
 @dataclass(frozen=True)
@@ -76,15 +86,19 @@ class Rendering:
         lengths: (B,) tokens that exist in each row.
         mask: (B, T) True where the target is a trainable completion token.
         route: (B,) number of the teacher that answers for the row, where several share the work; None elsewhere.
+        media: one a row, what the model looks at; None where all rows are text alone.
     """
 
     ids: Tensor
     lengths: Tensor
     mask: Tensor
     route: Tensor | None = None
+    media: Shown | None = None
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> Rendering:
+    def of(
+        cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int, media: Shown = ()
+    ) -> Rendering:
         """Join prompts and completions row by row."""
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
         length = max(2, max(map(len, rows), default=2))
@@ -92,17 +106,20 @@ class Rendering:
         ids = ids.reshape(len(rows), length)
         starts = torch.tensor([len(p) for p in prompts], dtype=torch.long)
         sizes = torch.tensor([len(c) for c in completions], dtype=torch.long)
-        return cls(ids, starts + sizes, masks.completion_mask(starts, sizes, length))
+        mask = masks.completion_mask(starts, sizes, length)
+        return cls(ids, starts + sizes, mask, media=media if any(media) else None)
 
     def map(self, fn: Any) -> Rendering:
-        return Rendering(fn(self.ids), fn(self.lengths), fn(self.mask), None if self.route is None else fn(self.route))
+        route = None if self.route is None else fn(self.route)
+        return Rendering(fn(self.ids), fn(self.lengths), fn(self.mask), route, mapped(self.media, fn))
 
     def select(self, index: Tensor) -> Rendering:
         """Some rows, cut to the longest of them."""
         lengths = self.lengths[index]
         longest = max(2, int(lengths.max())) if len(lengths) else 2
         route = None if self.route is None else self.route[index]
-        return Rendering(self.ids[index, :longest], lengths, self.mask[index, : longest - 1], route)
+        media = None if self.media is None else tuple(self.media[i] for i in index.tolist())
+        return Rendering(self.ids[index, :longest], lengths, self.mask[index, : longest - 1], route, media)
 
     @classmethod
     def cat(cls, parts: Sequence[Rendering]) -> Rendering:
@@ -115,7 +132,18 @@ class Rendering:
             torch.cat([p.lengths for p in parts]),
             torch.cat([_pad(p.mask, longest - 1) for p in parts]),
             torch.cat(routes) if routes else None,
+            joined([(len(p.ids), p.media) for p in parts]),
         )
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        flat = {f.name: t.cpu() if isinstance(t := getattr(self, f.name), Tensor) else t for f in fields(self)}
+        return {**flat, "media": plain(self.media)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Rendering:
+        """Inverse of `state`."""
+        return cls(**{**state, "media": unplain(state.get("media"))})
 
     @property
     def targets(self) -> Tensor:
@@ -164,10 +192,11 @@ class Rollout:
     def of(cls, prompts: Sequence[Prompt], completions: Sequence[Completion], pad_id: int) -> Rollout:
         """Join prompts with what was written behind them."""
         texts = [c.ids for c in completions]
-        text = Rendering.of([p.ids for p in prompts], texts, pad_id)
+        text = Rendering.of([p.ids for p in prompts], texts, pad_id, tuple(p.media for p in prompts))
         teacher_text = None
         if any(p.teacher_ids is not None for p in prompts):
-            teacher_text = Rendering.of([p.teacher_ids or p.ids for p in prompts], texts, pad_id)
+            theirs, shown = zip(*(p.for_teacher for p in prompts), strict=True)
+            teacher_text = Rendering.of(theirs, texts, pad_id, shown)
         recorded = torch.zeros(text.mask.shape)
         recorded[text.mask] = torch.tensor([lp for c in completions for lp in c.logprobs], dtype=torch.float32)
         return cls(
@@ -189,7 +218,7 @@ class Rollout:
         top_ids = [_pad(p.top_ids, longest - 1) for p in parts if p.top_ids is not None]
         outcome = [p.outcome for p in parts if p.outcome is not None]
         unaligned = [_pad(p.unaligned, longest - 1) for p in parts if p.unaligned is not None]
-        joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in ("row", "prompt_index", "policy_step", "ended")}
+        flat = {n: torch.cat([getattr(p, n) for p in parts]) for n in ("row", "prompt_index", "policy_step", "ended")}
         return cls(
             text=Rendering.cat([p.text for p in parts]),
             sampler_logprobs=torch.cat(recorded),
@@ -199,7 +228,7 @@ class Rollout:
             top_ids=torch.cat(top_ids) if top_ids else None,
             outcome=torch.cat(outcome) if outcome else None,
             unaligned=torch.cat(unaligned) if unaligned else None,
-            **joined,
+            **flat,
         )
 
     def __len__(self) -> int:
@@ -277,15 +306,13 @@ class Rollout:
         """Plain data for a checkpoint."""
         flat = {f.name: getattr(self, f.name) for f in fields(self)}
         for key in ("text", "teacher_text"):
-            value = flat[key]
-            flat[key] = value and {f.name: t if (t := getattr(value, f.name)) is None else t.cpu() for f in fields(value)}
+            flat[key] = flat[key] and flat[key].state()
         return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in flat.items()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Rollout:
         """Inverse of `state`."""
-        teacher = state["teacher_text"]
-        nested = {"text": Rendering(**state["text"]), "teacher_text": Rendering(**teacher) if teacher else None}
+        nested = {k: state[k] and Rendering.from_state(state[k]) for k in ("text", "teacher_text")}
         return cls(**{**state, **nested})
 
 

@@ -74,12 +74,13 @@ class Ahead:
                 if mine is not theirs:
                     mine.copy_(theirs)
         texts, seeds = [p.ids for p in prompts], [fold(seed, "rollout", p.row) for p in prompts]
+        shown = [p.media for p in prompts]
         copied, vocabulary, step = self._copy, pl_module.vocabulary, pl_module.global_step
         context = trainer.precision_plugin.forward_context()
 
         def write() -> list[Completion]:
             with context:
-                return sampler.write(copied, texts, seeds, vocabulary, step)
+                return sampler.write(copied, texts, seeds, vocabulary, step, media=shown)
 
         self.refresh, self._rows = refresh, [p.row for p in prompts]
         self._writing = self._thread.submit(write)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from opd_lightning.media import digests
+
 PROBED = 64
 """Values of every tensor that are hashed: a few milliseconds for any model, and no two trainings agree in them."""
 
@@ -47,7 +49,9 @@ def of_prompts(data: Any) -> dict[str, Any]:
     texts = {p.text for p in train}
 
     def digest(prompts: Any) -> str:
-        return _digest(json.dumps([p.ids, p.teacher_ids, p.reference]).encode() for p in prompts)
+        return _digest(
+            json.dumps([p.ids, p.teacher_ids, p.reference, *digests(p.media, p.teacher_media)]).encode() for p in prompts
+        )
 
     return {
         "training prompts": len(train),

@@ -97,9 +97,15 @@ class Context(Template):
         return (self.template or AutoTemplate()).text({**row, "prompt": self._reworded(row["prompt"], told)}, tokenizer)
 
     def _reworded(self, prompt: Any, told: Mapping[str, str]) -> Any:
-        """The last message of a conversation, or the text, with the information."""
+        """The last message of a conversation, or the text, with the information; images stay where they are."""
         if isinstance(prompt, str):
             return filled(self.wording, {**told, "prompt": prompt})
+        if all("content" not in part for part in prompt):  # the typed parts of one message: what is shown stays as it is
+            place = max((i for i, part in enumerate(prompt) if part.get("type") == "text"), default=None)
+            if place is None:
+                return [*prompt, {"type": "text", "text": filled(self.wording, {**told, "prompt": ""}).strip()}]
+            spoken = {**prompt[place], "text": self._reworded(prompt[place]["text"], told)}
+            return [*prompt[:place], spoken, *prompt[place + 1 :]]
         *before, last = prompt
         return [*before, {**last, "content": self._reworded(last["content"], told)}]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,9 +18,11 @@ from opd_lightning import parallel
 from opd_lightning.data.buffer import RolloutBuffer, RolloutLoader
 from opd_lightning.data.contexts import Context
 from opd_lightning.data.group_contexts import Attempt
+from opd_lightning.data.images import images_of, rendered, said
 from opd_lightning.data.prompts import PromptSet, Row
 from opd_lightning.data.selectors import Selector, Shuffled
 from opd_lightning.data.templates import AutoTemplate, Template, encoded
+from opd_lightning.media import Media
 from opd_lightning.metrics.graders import Grader
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.seeds import run_seed
@@ -85,6 +88,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.total_micro_batches = 0
         self.vocabulary: Vocabulary | None = None
         self.teacher_tokenizer: PreTrainedTokenizerBase | None = None  # where it is not the student's
+        self.teacher_processor: Callable[[], Any] | None = None  # the same for images; None is the student's
         self.limit_held_out: int | None = None
         self._orders: dict[int, list[int]] = {}
 
@@ -99,6 +103,7 @@ class PromptDataModule(pl.LightningDataModule):
             self.vocabulary = module.vocabulary
             if (translation := module.teacher.translation) is not None:
                 self.teacher_tokenizer = translation.theirs.tokenizer
+            self.teacher_processor = partial(module.teacher.processor, module.recipe)
         rows = self.prompt_set.rows()
         if self.held_out >= len(rows):
             raise ValueError(f"data.held_out={self.held_out}, but the prompt set has only {len(rows)} rows")
@@ -153,23 +158,42 @@ class PromptDataModule(pl.LightningDataModule):
         given = {i: row["completion"] for i, row in enumerate(rows) if row.get("completion") is not None}
         references = dict(zip(given, encoded(list(given.values()), tokenizer), strict=True))
         out = []
-        each = zip(rows, self.template.ids(rows, tokenizer), self._teacher_ids(rows, informed), informed, strict=True)
-        for i, (row, ids, theirs, told) in enumerate(each):
-            text = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        ours = rendered(self.template, rows, tokenizer, self.vocabulary.processor)
+        each = zip(rows, ours, self._for_teacher(rows, informed), informed, strict=True)
+        for i, (row, (ids, media), (theirs, their_media), told) in enumerate(each):
             reference = (*references[i], end) if i in references else None
-            out.append(Prompt(first + i, text, ids, theirs, reference, dict(row), informed=told))
+            out.append(
+                Prompt(
+                    first + i,
+                    said(row["prompt"]),
+                    ids,
+                    theirs,
+                    reference,
+                    dict(row),
+                    informed=told,
+                    media=media,
+                    teacher_media=their_media,
+                )
+            )
         return out
 
-    def _teacher_ids(self, rows: Sequence[Mapping[str, Any]], informed: Sequence[bool]) -> list[tuple[int, ...] | None]:
-        """What the teacher reads behind each row; None where it reads what the student reads."""
+    def _for_teacher(
+        self, rows: Sequence[Mapping[str, Any]], informed: Sequence[bool]
+    ) -> list[tuple[tuple[int, ...] | None, Media | None]]:
+        """What the teacher reads and looks at behind each row; None where it reads what the student reads. Images pass its own
+        processor.
+        """
         assert self.vocabulary is not None
         tokenizer = self.teacher_tokenizer or self.vocabulary.tokenizer
+        processor = self.teacher_processor or self.vocabulary.processor
         told = [i for i, knows in enumerate(informed) if knows and self.teacher_template is not None]
-        rest = sorted(set(range(len(rows))) - set(told)) if self.teacher_tokenizer is not None else []
-        out: list[tuple[int, ...] | None] = [None] * len(rows)
+        rest = sorted(set(range(len(rows))) - set(told))
+        if self.teacher_tokenizer is None:
+            rest = [i for i in rest if self.teacher_processor is not None and images_of(rows[i]["prompt"])]
+        out: list[tuple[tuple[int, ...] | None, Media | None]] = [(None, None)] * len(rows)
         for template, at in ((self.teacher_template or self.template, told), (self.template, rest)):
-            for i, ids in zip(at, template.ids([rows[i] for i in at], tokenizer), strict=True):
-                out[i] = ids
+            for i, found in zip(at, rendered(template, [rows[i] for i in at], tokenizer, processor), strict=True):
+                out[i] = found
         return out
 
     def some_prompts(self, count: int) -> list[Prompt]:
@@ -231,8 +255,8 @@ class PromptDataModule(pl.LightningDataModule):
             siblings = [a for a in groups[prompt.row // group] if a.row != prompt.row]
             row = {**prompt.fields, "attempt": attempts[prompt.row], "siblings": siblings}
             informed = prompt.row >= 0 and self.teacher_template.informed(row)
-            (ids,) = self._teacher_ids([row], [informed])
-            out.append(replace(prompt, teacher_ids=ids, informed=informed))
+            ((ids, media),) = self._for_teacher([row], [informed])
+            out.append(replace(prompt, teacher_ids=ids, teacher_media=media, informed=informed))
         return out
 
     # ---- the stream of prompts -----------------------------------------------------------------------------------------

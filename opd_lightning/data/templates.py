@@ -86,12 +86,6 @@ class ChatTemplate(Template):
         for user, assistant in self.shots:
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
         messages += [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        for part in (p for m in messages if not isinstance(m["content"], str) for p in m["content"]):
-            if part.get("type") != "text":
-                raise ValueError(
-                    f"a prompt holds a part of type {part.get('type')!r}: only text passes here, no processor's tensors "
-                    "(data.prompts)"
-                )
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **self.options))
 
 

@@ -19,6 +19,7 @@ from opd_lightning.models.attention import NAME as PACKED
 from opd_lightning.models.attention import completion_states, line_states, window_of
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.packing import lay_out
+from opd_lightning.models.processors import expect_shown, looks, seen_states
 from opd_lightning.ops.heads import Head
 from opd_lightning.ops.masks import flatten_completions
 from opd_lightning.types import Rendering
@@ -62,9 +63,17 @@ def head_of(model: nn.Module, vocab: int | None = None) -> Head:
 
 
 def laws_of(model: nn.Module, text: Rendering, vocab: int) -> DenseLaws:
-    """Laws at the completion tokens of right-padded rows."""
-    decoder: Any = base_of(model).get_decoder()  # type: ignore[operator]
-    return DenseLaws(completion_states(decoder, text), head_of(model, vocab), vocab)
+    """Laws at the completion tokens of right-padded rows.
+
+    Raises:
+        ValueError: for a row that speaks of an image and brings none, or brings one to a model that reads text only.
+    """
+    base: Any = base_of(model)
+    if text.media is not None:
+        return DenseLaws(seen_states(base, text), head_of(model, vocab), vocab)
+    if looks(base.config):
+        expect_shown(base.config, text.ids, None)
+    return DenseLaws(completion_states(base.get_decoder(), text), head_of(model, vocab), vocab)
 
 
 RANKED = 256

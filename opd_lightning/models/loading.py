@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from opd_lightning.models.processors import auto_class, looks
 from opd_lightning.paths import packaged_file
 
 ZOO = Path(__file__).resolve().parent.parent / "zoo"
@@ -119,14 +120,15 @@ def load_config(path: str) -> Any:
     """The architecture of a model, without its weights.
 
     Raises:
-        ValueError: for one that is not a causal language model over text.
+        ValueError: for one that is not a causal language model, over text or over text and images.
     """
     config = AutoConfig.from_pretrained(local_folder(path))
-    if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or looks(config)
+    if getattr(config, "is_encoder_decoder", False) or not known:
         raise ValueError(
-            f"{path!r} ({config.model_type}) is not a causal language model over text: models with an encoder, and those that "
-            "look or listen through a processor, do not pass here. Give a text model (model.student.path, model.teacher.path), "
-            "for instance the language part alone"
+            f"{path!r} ({config.model_type}) is not a causal language model: models with an encoder, and those that only "
+            "listen or draw, do not pass here. Give a text model, or one that takes images beside text (model.student.path, "
+            "model.teacher.path)"
         )
     return config
 
@@ -148,7 +150,7 @@ def hollow() -> Iterator[None]:
 def hollow_model(config: Any, **settings: Any) -> nn.Module:
     """A model without the memory for its weights: for counting, or to be filled."""
     with hollow():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, **settings)
+        model: nn.Module = auto_class(config).from_config(config, **settings)
     return model
 
 
@@ -169,9 +171,10 @@ def load_model(path: str, dtype: str = "float32") -> nn.Module:
         raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     hf_logging.disable_progress_bar()
     folder, kind = local_folder(path), getattr(torch, dtype)
+    config = AutoConfig.from_pretrained(folder)
     if not _HOLLOW.get():
-        return blank_generation(AutoModelForCausalLM.from_pretrained(folder, dtype=kind))
-    model: Any = hollow_model(AutoConfig.from_pretrained(folder), dtype=kind).eval()
+        return blank_generation(auto_class(config).from_pretrained(folder, dtype=kind))
+    model: Any = hollow_model(config, dtype=kind).eval()
     with suppress(OSError):  # as in `from_pretrained`, the file is not required
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return blank_generation(model)

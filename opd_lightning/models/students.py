@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from opd_lightning.configurable import Configurable
-from opd_lightning.models.loading import DTYPES, load_config, load_model, load_tokenizer
+from opd_lightning.models.loading import DTYPES, load_config, load_model, load_tokenizer, local_folder
 from opd_lightning.models.lora import LoRA, add_lora
+from opd_lightning.models.processors import load_processor
 
 __all__ = ["Student"]
 
@@ -52,6 +53,10 @@ class Student(Configurable):
     def config(self) -> Any:
         """The architecture, without the weights."""
         return load_config(self.path)
+
+    def processor(self) -> Any:
+        """What turns the images of a prompt into tensors; see `opd_lightning.models.processors.load_processor`."""
+        return load_processor(self.path, local_folder(self.path), self.config())
 
     def weights(self) -> nn.Module:
         """The bare model."""

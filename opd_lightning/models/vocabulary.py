@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Vocabulary:
         eos_ids: tokens that end a completion.
         pad_id: fills rows on the right; never scored.
         unk_id: stands for text that the tokenizer does not know; None where it knows everything.
+        processor: gives what turns images into tensors, or says why there is none; asked only for prompts that hold some.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -31,9 +32,15 @@ class Vocabulary:
     eos_ids: tuple[int, ...]
     pad_id: int
     unk_id: int | None = None
+    processor: Callable[[], Any] | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, extra_eos: tuple[int, ...] = ()) -> Vocabulary:
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        extra_eos: tuple[int, ...] = (),
+        processor: Callable[[], Any] | None = None,
+    ) -> Vocabulary:
         eos = tokenizer.eos_token_id
         pad, unk = tokenizer.pad_token_id, tokenizer.unk_token_id
         return cls(
@@ -42,6 +49,7 @@ class Vocabulary:
             eos_ids=tuple(dict.fromkeys([eos, *extra_eos])),
             pad_id=eos if pad is None else pad,
             unk_id=None if unk in (eos, pad, tokenizer.bos_token_id) else unk,  # byte-level vocabularies lend it a role token
+            processor=processor,
         )
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:

@@ -14,8 +14,10 @@ from transformers import DynamicCache
 
 from opd_lightning import parallel
 from opd_lightning.models.lora import adapters_at_work, base_of
+from opd_lightning.models.processors import looks
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.samplers.decoder import Decoder, TooLong, UnknownArchitecture, Weights, expect_known
+from opd_lightning.samplers.looking import LookingEngine
 
 PROOF = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 """Largest root-mean-square deviation of the decoder's logits from the model's own, in standard deviations of the latter.
@@ -124,7 +126,7 @@ def engine_for(
     """
     base: Any = base_of(model)
     if kind == "transformers":
-        return TransformersEngine(base, vocabulary.pad_id)
+        return _by_transformers(base, vocabulary)
     longest = max(map(len, prompts))
     memory, setting = _MEMORY.setdefault(base, Memory()), Setting.of(base)
     kept, memory.weights = memory.weights, None
@@ -145,11 +147,15 @@ def engine_for(
         memory.too_long |= passing
         if not passing:
             memory.verdicts[setting] = str(difference)
-        return TransformersEngine(base, vocabulary.pad_id)
+        return _by_transformers(base, vocabulary)
     # a CPU hands out fresh memory page by page, which takes longer than filling it; a sharded model must not leave a whole copy
     if setting.device.type == "cpu" and not parallel.is_cut(base):
         memory.weights = weights
     return Decoder(base, weights, rows, longest, longest + new)
+
+
+def _by_transformers(base: Any, vocabulary: Vocabulary) -> Engine:
+    return LookingEngine(base, vocabulary) if looks(base.config) else TransformersEngine(base, vocabulary.pad_id)
 
 
 def prove(base: Any, weights: Weights, vocab: int) -> None:

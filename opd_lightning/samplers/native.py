@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from opd_lightning.configurable import Configurable
+from opd_lightning.media import Media
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.samplers.drawing import Law
 from opd_lightning.samplers.engines import Engine, engine_for
+from opd_lightning.samplers.looking import LookingEngine
 from opd_lightning.seeds import uniforms
 from opd_lightning.types import Completion
 
@@ -85,6 +87,7 @@ class NativeSampler(Configurable):
         vocabulary: Vocabulary,
         policy_step: int,
         on_progress: Callable[[int], None] | None = None,
+        media: Sequence[Media | None] = (),
     ) -> list[Completion]:
         """Continue every prompt.
 
@@ -95,12 +98,14 @@ class NativeSampler(Configurable):
             vocabulary: its end tokens close a completion, its padding rows are never sampled.
             policy_step: recorded in the completions.
             on_progress: called with the number of rows finished so far.
+            media: what each prompt shows; empty for text alone.
         """
         if not prompts:
             return []
         rows, texts = min(self.batch_size, len(prompts)), [tuple(p) for p in prompts]
         engine = engine_for(model, self.engine, vocabulary, texts, rows, self.max_new_tokens)
-        written = self._decode(engine, texts, seeds, vocabulary, next(model.parameters()).device, on_progress)
+        shown = list(media) or [None] * len(prompts)
+        written = self._decode(engine, texts, shown, seeds, vocabulary, next(model.parameters()).device, on_progress)
         if bool(written[1].isnan().any()):
             raise FloatingPointError(
                 "the writer's logits are not numbers: its weights hold NaN or infinity. Go on from an earlier checkpoint with "
@@ -115,6 +120,7 @@ class NativeSampler(Configurable):
         self,
         engine: Engine,
         prompts: list[tuple[int, ...]],
+        media: list[Media | None],
         seeds: Sequence[int],
         vocabulary: Vocabulary,
         device: torch.device,
@@ -134,6 +140,8 @@ class NativeSampler(Configurable):
             free = self.batch_size - len(rows)
             if waiting and (not len(rows) or (engine.refills and free >= REFILL_AT * self.batch_size)):
                 joining, waiting = waiting[:free], waiting[free:]
+                if isinstance(engine, LookingEngine):
+                    engine.show([media[i] for i in joining])
                 engine.admit([prompts[i] for i in joining])
                 rows = torch.cat([rows, torch.tensor(joining, device=device)])
                 written = torch.cat([written, lengths.new_zeros(len(joining))])

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from opd_lightning import parallel
+from opd_lightning.media import Media
 from opd_lightning.models.lora import base_of, plain_state
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.samplers.native import NativeSampler
@@ -110,9 +111,12 @@ class VLLMSampler(NativeSampler):
         vocabulary: Vocabulary,
         policy_step: int,
         on_progress: Callable[[int], None] | None = None,
+        media: Sequence[Media | None] = (),
     ) -> list[Completion]:
         if policy_step == NOT_A_STUDENT:
-            return super().write(model, prompts, seeds, vocabulary, policy_step, on_progress)
+            return super().write(model, prompts, seeds, vocabulary, policy_step, on_progress, media)
+        if any(m is not None for m in media):
+            raise ValueError("a prompt holds an image, which vLLM is not handed here: take rollout.sampler: NativeSampler")
         server = self._refresh(base_of(model), vocabulary, policy_step)
         settings: dict[str, Any] = {
             "temperature": self.temperature,

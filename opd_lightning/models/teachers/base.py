@@ -16,12 +16,21 @@ from transformers import PreTrainedTokenizerBase
 from opd_lightning import parallel
 from opd_lightning.configurable import Configurable
 from opd_lightning.models.distributions import DenseLaws, evaluating, head_of, laws_of, prove_head
-from opd_lightning.models.loading import DTYPES, load_config, load_model, load_tokenizer
+from opd_lightning.models.loading import DTYPES, load_config, load_model, load_tokenizer, local_folder
 from opd_lightning.models.lora import base_of
+from opd_lightning.models.processors import load_processor
 from opd_lightning.models.students import Student
 from opd_lightning.models.translation import Translation
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.types import Prompt, Rendering, TokenLaws
+
+
+def blind(teacher: Teacher) -> ValueError:
+    """What is said when a teacher is to look at something and cannot."""
+    return ValueError(
+        f"a prompt holds an image (data.prompts), and {type(teacher).__name__} reads text only: take a teacher with a network "
+        "of its own that looks (model.teacher: FrozenTeacher), or the student itself"
+    )
 
 
 class Teacher(Configurable):
@@ -71,6 +80,14 @@ class Teacher(Configurable):
     def config(self) -> Any:
         """The architecture, without the weights; None if it is the student's by construction."""
         return None
+
+    def processor(self, student: Student) -> Any:
+        """What turns the images of a prompt into this teacher's tensors; asked only for prompts that hold some.
+
+        Raises:
+            ValueError: for a teacher that cannot look at anything.
+        """
+        return student.processor()
 
     def rows(self) -> int | None:
         """Logit rows; None if they are the student's by construction."""
@@ -174,6 +191,9 @@ class FrozenTeacher(Teacher):
     def config(self) -> Any:
         """The architecture, without the weights."""
         return load_config(self.path)
+
+    def processor(self, student: Student) -> Any:
+        return load_processor(self.path, local_folder(self.path), self.config())
 
     def rows(self) -> int:
         return int(self.config().get_text_config().vocab_size)

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from opd_lightning.models.distributions import prove_head
-from opd_lightning.models.loading import load_config, load_model
+from opd_lightning.models.loading import load_config, load_model, local_folder
+from opd_lightning.models.processors import load_processor
 from opd_lightning.models.students import Student
 from opd_lightning.models.teachers.base import FrozenTeacher
 
@@ -72,6 +73,9 @@ class CheckpointTeacher(FrozenTeacher):
 
     def config(self) -> Any:
         return self._recipe.config() if self.is_run else load_config(self._base)
+
+    def processor(self, student: Student) -> Any:
+        return self._recipe.processor() if self.is_run else load_processor(self.path, local_folder(self._base), self.config())
 
     def build(self, student: nn.Module, share: bool = True) -> None:
         if self.model is not None:

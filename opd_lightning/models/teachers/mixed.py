@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from opd_lightning import parallel
 from opd_lightning.models.students import Student
-from opd_lightning.models.teachers.base import StartTeacher, Teacher
+from opd_lightning.models.teachers.base import StartTeacher, Teacher, blind
 from opd_lightning.models.teachers.moving import LiveTeacher
 from opd_lightning.types import Prompt, Rendering, TableLaws, TokenLaws
 
@@ -79,6 +79,15 @@ class Composite(Teacher):
             for name, member in self.members.items()
             for inner, leaf in member.leaves().items()
         }
+
+    def processor(self, student: Student) -> Any:
+        found = [leaf.processor(student) for leaf in self.leaves().values()]
+        if any(p.to_json_string() != found[0].to_json_string() for p in found):
+            raise ValueError(
+                f"the teachers that {type(self).__name__} holds make different tensors of an image (data.prompts): give it "
+                "models with one processor (model.teacher)"
+            )
+        return found[0]
 
     @property
     def moving(self) -> str:
@@ -308,6 +317,9 @@ class FunctionTeacher(Teacher):
     """
 
     writes = False
+
+    def processor(self, student: Student) -> Any:
+        raise blind(self)
 
     def __init__(self, function: Callable[[Tensor, int], Tensor]) -> None:
         self.function = function

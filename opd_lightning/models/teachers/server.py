@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from opd_lightning.endpoint import Endpoint, Refused, Unreachable, in_parallel
 from opd_lightning.models.loading import cache_dir
-from opd_lightning.models.teachers.base import Teacher
+from opd_lightning.models.students import Student
+from opd_lightning.models.teachers.base import Teacher, blind
 from opd_lightning.models.teachers.law_cache import Answer, LawCache, Question, TopKLaws
 from opd_lightning.models.vocabulary import Vocabulary, VocabularyMismatch
 from opd_lightning.types import Rendering
@@ -82,6 +83,9 @@ class ServerTeacher(Teacher):
     @property
     def known(self) -> int:
         return self.k
+
+    def processor(self, student: Student) -> Any:
+        raise blind(self)
 
     # ---- before training -----------------------------------------------------------------------------------------------
     def meet(self, vocabulary: Vocabulary) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
 from opd_lightning.models.students import Student
-from opd_lightning.models.teachers.base import FrozenTeacher
+from opd_lightning.models.teachers.base import FrozenTeacher, blind
 from opd_lightning.models.translation import TranslatedLaws, Translation
 from opd_lightning.models.vocabulary import Vocabulary, extra_eos
 from opd_lightning.types import Rendering
@@ -38,6 +39,9 @@ class CrossTokenizerTeacher(FrozenTeacher):
 
     def check(self, student: Student) -> None:
         self._student = student
+
+    def processor(self, student: Student) -> Any:
+        raise blind(self)
 
     @cached_property
     def translation(self) -> Translation:  # type: ignore[override]
