@@ -14,7 +14,6 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
 )
 
 from opd_lightning.media import Media, Shown, batched
@@ -41,6 +40,8 @@ def auto_class(config: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def _processor(folder: str) -> Any:
+    from transformers import AutoProcessor  # takes long to import, and most runs read text only
+
     return AutoProcessor.from_pretrained(folder)
 
 
