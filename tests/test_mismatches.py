@@ -159,7 +159,8 @@ def both_chat(ours: Any = None, theirs: Any = None) -> Callable[[Path], dict[str
 
 def media(folder: Path) -> dict[str, Any]:
     vision = {"hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16}
-    config = Qwen2_5_VLConfig(text_config={**SIZES, "vocab_size": 30}, vision_config=vision)
+    axes = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = Qwen2_5_VLConfig(text_config={**SIZES, "vocab_size": 30, "rope_parameters": axes}, vision_config=vision)
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder / "vl")
     tokens().save_pretrained(folder / "vl")
     return {"teacher": FrozenTeacher(str(folder / "vl"))}
