@@ -50,6 +50,11 @@ def digests(*shown: Media | None) -> list[str]:
     return [m.digest() for m in shown if m is not None]
 
 
+def beside(shown: Sequence[Media | None]) -> dict[str, Any]:
+    """The further argument of a sampler's ``write``: none for text alone, which samplers that never look may go on to write."""
+    return {"media": shown} if any(m is not None for m in shown) else {}
+
+
 def mapped(shown: Shown | None, fn: Callable[[Tensor], Tensor]) -> Shown | None:
     """Apply ``fn`` to every tensor, once for rows that share them (the group of a prompt)."""
     if shown is None:

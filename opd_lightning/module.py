@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from opd_lightning import parallel, strategies
 from opd_lightning.clock import Clock
 from opd_lightning.configurable import to_plain
+from opd_lightning.media import beside
 from opd_lightning.models.building import ReadOnce, build_all
 from opd_lightning.models.distributions import evaluating, laws_of, likeliest
 from opd_lightning.models.export import export_student
@@ -241,7 +242,7 @@ class OPDModule(pl.LightningModule):
         with evaluating(student), parallel.whole_weights(student, *owns):
             if who == "student":
                 ids, shown = [p.ids for p in prompts], [p.media for p in prompts]
-                return sampler.write(student, ids, seeds, self.vocabulary, self.global_step, on_progress, shown)
+                return sampler.write(student, ids, seeds, self.vocabulary, self.global_step, on_progress, **beside(shown))
             written: dict[int, Completion] = {}
             voices = [self.teacher.writer(p) for p in prompts]
             for voice in {id(v): v for v in voices}.values():
@@ -249,7 +250,7 @@ class OPDModule(pl.LightningModule):
                 ids, shown = map(list, zip(*(prompts[i].for_teacher for i in rows), strict=True))
                 own_seeds = [seeds[i] for i in rows]
                 with voice.speaking(student) as model:
-                    own = sampler.write(model, ids, own_seeds, self.vocabulary, NOT_A_STUDENT, on_progress, shown)
+                    own = sampler.write(model, ids, own_seeds, self.vocabulary, NOT_A_STUDENT, on_progress, **beside(shown))
                 written |= zip(rows, own, strict=True)
             return [written[i] for i in range(len(prompts))]
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from opd_lightning import parallel
+from opd_lightning.media import beside
 from opd_lightning.models.teachers.base import copy_of
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold
@@ -80,7 +81,7 @@ class Ahead:
 
         def write() -> list[Completion]:
             with context:
-                return sampler.write(copied, texts, seeds, vocabulary, step, media=shown)
+                return sampler.write(copied, texts, seeds, vocabulary, step, **beside(shown))
 
         self.refresh, self._rows = refresh, [p.row for p in prompts]
         self._writing = self._thread.submit(write)
