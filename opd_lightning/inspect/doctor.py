@@ -141,6 +141,7 @@ def _measured(f: Figures) -> Iterator[str]:
     yield _pair(f"mass on shared top-{f.k}", *(f"{x:.3f}" for x in f.mass))
     yield f"{f'overlap of top-{f.k}':<{WIDTH}}{f.overlap:10.3f}"
     yield f"{'reverse KL (nats/token)':<{WIDTH}}{f.reverse_kl:10.3f}"
+    yield f"{'of its nearest tenth':<{WIDTH}}{f.nearest_kl:10.3f}"
     yield f"{'headroom (share of states)':<{WIDTH}}{f.headroom:10.1%}"
     if f.floor is not None:
         yield f"{'of it unlearnable (nats)':<{WIDTH}}{f.floor:10.3f}"

@@ -79,6 +79,8 @@ class Figures:
         mass: probability of each law on the shared ones.
         advantage: of the shared ones, never positive.
         reverse_kl: KL(student ‖ teacher).
+        nearest_kl: the same of the nearest tenth of the student's completions: the largest mean over tokens among them. Where
+            it is small, some of the text is the teacher's way already, and training can begin from there.
         entropy: of both laws.
         likelihood: log-probability that each gives to the student's text.
         headroom: share of states where at least a tenth of the student's probability should go elsewhere (total variation).
@@ -100,6 +102,7 @@ class Figures:
     mass: tuple[float, float]
     advantage: float
     reverse_kl: float
+    nearest_kl: float
     entropy: tuple[float, float]
     likelihood: tuple[float, float]
     headroom: float
@@ -320,6 +323,7 @@ class Examination:
             mass=(mean["student_mass"], mean["teacher_mass"]),
             advantage=mean["advantage"],
             reverse_kl=mean["reverse_kl"],
+            nearest_kl=nearest(found["reverse_kl"], [len(c.ids) for c in self.written]),
             entropy=(mean["student_entropy"], mean["teacher_entropy"]),
             likelihood=(mean["student_likelihood"], mean["teacher_likelihood"]),
             headroom=float((found["moved"] >= MOVED).double().mean()),
@@ -334,6 +338,20 @@ class Examination:
         """Parameters of both networks."""
         own = [leaf.own_model() for leaf in self.module.teacher.leaves().values()]
         return _count(self.network), sum(_count(m) for m in own if m is not None)
+
+
+def nearest(divergence: Tensor, lengths: Sequence[int]) -> float:
+    """The tenth part of completions with the smallest means, and the largest mean among them.
+
+    Args:
+        divergence: (N,) of every token, completion by completion.
+        lengths: tokens of each completion; empty ones are left out.
+
+    >>> nearest(torch.tensor([3.0, 1.0, 0.5, 4.0]), [2, 1, 1])
+    0.5
+    """
+    means = sorted(float(part.double().mean()) for part in divergence.split(list(lengths)) if len(part))
+    return means[max(-(-len(means) // 10), 1) - 1]
 
 
 def tiles(laws: Sequence[TokenLaws]) -> Iterator[tuple[Any, ...]]:

@@ -11,15 +11,15 @@ import torch
 
 from opd_lightning.cli import main, read
 from opd_lightning.inspect import doctor
-from opd_lightning.inspect.examination import Examination, Figures, Voice
+from opd_lightning.inspect.examination import Examination, Figures, Voice, nearest
 from opd_lightning.inspect.verdict import COLD_START, GO, PROMPTS, REFUSE, Thresholds, judge
 from opd_lightning.models.distributions import evaluating
 from opd_lightning.models.tiny import save_tiny
 
 GOOD = Figures(
     prompts=16, completions=64, k=4, student=Voice(0.4, 40.0, 0.02), teacher=Voice(0.98, 41.0, 0.0), overlap=0.8,
-    mass=(0.98, 0.98), advantage=-0.05, reverse_kl=0.28, entropy=(0.1, 0.1), likelihood=(-0.1, -0.4), headroom=0.15,
-    ends=(0.98, 0.97), stretches=(), gain={"50%": 0.2}, floor=None, parameters=(1, 2),
+    mass=(0.98, 0.98), advantage=-0.05, reverse_kl=0.28, nearest_kl=0.05, entropy=(0.1, 0.1), likelihood=(-0.1, -0.4),
+    headroom=0.15, ends=(0.98, 0.97), stretches=(), gain={"50%": 0.2}, floor=None, parameters=(1, 2),
 )  # fmt: skip
 
 
@@ -53,6 +53,9 @@ def test_figures_are_those_of_the_laws(examined: Examination) -> None:
         torch.testing.assert_close(found[name].double(), value, atol=2e-4, rtol=1e-3, msg=name)
     shared = [set(a.topk(4).indices.tolist()) & set(b.topk(4).indices.tolist()) for a, b in zip(ours, theirs, strict=True)]
     assert float(found["overlap"].double().mean()) == pytest.approx(sum(map(len, shared)) / 4 / len(shared), abs=5e-3)
+    lengths = [len(c.ids) for c in examined.written]
+    means = torch.stack([part.mean() for part in expected["reverse_kl"].split(lengths)])
+    assert nearest(found["reverse_kl"], lengths) == pytest.approx(float(means.min()), abs=1e-3)  # of 8 texts, the first
     assert int(found["closing"].sum()) == sum(c.ended for c in examined.written)
     assert found["position"].max() == max(len(c.ids) for c in examined.written) - 1
 
@@ -95,8 +98,9 @@ def test_another_teacher_reads_the_same_texts(examined: Examination, tmp_path: P
     ("change", "static", "word", "says"),
     [
         ({}, [], GO, "ahead by 58%"),
-        ({"mass": (0.6, 0.7)}, [], COLD_START, "only 60%"),
-        ({"reverse_kl": 3.0}, [], COLD_START, "3.00 nats per token"),
+        ({"mass": (0.6, 0.7), "nearest_kl": 2.0}, [], COLD_START, "only 60%"),
+        ({"reverse_kl": 3.0, "nearest_kl": 2.0}, [], COLD_START, "3.00 nats per token"),
+        ({"mass": (0.6, 0.7)}, [], GO, "a tenth of the student's texts are within 0.05"),
         ({"ends": (0.98, 0.01)}, [], REFUSE, "unlearn to end"),
         ({"teacher": Voice(0.41, 40.0, 0.0)}, [], REFUSE, "knows nothing new"),
         ({"teacher": Voice(0.0, 40.0, 0.0), "student": Voice(0.0, 40.0, 0.0)}, [], PROMPTS, "cannot do these prompts"),
@@ -117,9 +121,9 @@ def test_verdicts(change: dict, static: list[str], word: str, says: str) -> None
 
 
 def test_thresholds_move_the_verdict_and_the_length_of_a_cold_start() -> None:
-    strict = Thresholds(min_mass=0.99)
+    strict = Thresholds(min_mass=0.99, max_kl=0.01)
     assert judge(GOOD, [], 64, strict).word == COLD_START
-    wide = replace(GOOD, reverse_kl=2.0)
+    wide = replace(GOOD, reverse_kl=2.0, nearest_kl=1.9)
     assert judge(wide, [], 32).steps == pytest.approx(2 * judge(wide, [], 64).steps, abs=2)
 
 

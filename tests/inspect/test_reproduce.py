@@ -11,6 +11,7 @@ import torch
 
 from opd_lightning.cli import main
 from opd_lightning.inspect.reproduce import page, recipe
+from opd_lightning.inspect.reproduce.arms import Record
 from opd_lightning.inspect.reproduce.criteria import Criterion
 from opd_lightning.inspect.reproduce.digits import (
     CHARACTERS,
@@ -23,6 +24,7 @@ from opd_lightning.inspect.reproduce.digits import (
     written,
 )
 from opd_lightning.inspect.reproduce.listed import ListedTokens
+from opd_lightning.inspect.reproduce.pairs import Framed, Pair
 from opd_lightning.inspect.reproduce.probes import mcnemar
 from opd_lightning.models.tiny import character_tokenizer
 from opd_lightning.objectives import ReverseKL
@@ -54,6 +56,12 @@ arms:
     teacher: {{class_path: GrammarTeacher, init_args: {{patterns: {{A: 1.0}}}}}}
     cold_start: 2
     longest: {longest}
+  begun: {{<<: *short, run: Started, until: {{class_path: Readiness, init_args: {{every_n_steps: 1, prompts: 4}}}}, most: 3}}
+  judged:
+    <<: *short
+    run: Pair
+    about: two networks
+    teacher_template: {{class_path: PlainTemplate, init_args: {{suffix: <think>}}}}
   prefix: {{run: Continuation, student: fresh, teacher: rewarded, task: {{class_path: DigitSum}}, prefixes: [1, 5]}}
   signal: {{run: Signal, student: fresh, teacher: rewarded}}
   noise:
@@ -91,6 +99,9 @@ def test_a_null_is_shown_with_its_figures(work: Path) -> None:
     figures = found["figures"]["network"][0]
     assert {"accuracy", "recovery", "overlap_start", "student_overlap_mass_end", "entropy_gap_end"} <= set(figures)
     assert found["figures"]["grammar"][0]["completion_tokens_end"] > 4  # judged at full length, whatever was trained on
+    begun, judged = (found["figures"][name][0] for name in ("begun", "judged"))
+    assert 0 < begun["cold_start_over"] <= 3 and found["figures"]["grammar"][0]["cold_start_over"] == 2
+    assert judged["foreseen"] == 0.0 and judged["agrees"] == 1.0 - judged["succeeded"]  # refused: another thinking mode
     text = (work / "run/t1_trained.md").read_text()
     assert "**NULL** over 1 seeds" in text and "| `network.accuracy >= 2` | **no** |" in text
     assert (work / "run/t1_trained.svg").read_text().startswith("<?xml")
@@ -100,12 +111,12 @@ def test_nothing_is_measured_twice_and_what_changed_is(work: Path, capsys: pytes
     words = ["reproduce", str(work / "t1_trained.yaml"), "--seeds", "3", "--folder", str(work / "run")]
     before = records(work / "run")
     assert main([*words, "--json"]) == 0
-    assert records(work / "run") == before and len(before) == 5
+    assert records(work / "run") == before and len(before) == 7
     assert json.loads(capsys.readouterr().out)["t1_trained"]["verdict"] == "null"
     (work / "t1_trained.yaml").write_text(TRAINED.format(longest=3))
     assert main(words) == 0
     after = records(work / "run")
-    assert len(after) == 6 and all(after[name] == time for name, time in before.items())
+    assert len(after) == 8 and all(after[name] == time for name, time in before.items())
 
 
 def test_a_failed_arm_fails_its_claim_and_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +147,30 @@ def test_the_table_goes_between_its_markers(work: Path, tmp_path: Path) -> None:
     assert "**not** `network.accuracy >= 2`" in text
     target.write_text("no markers")
     assert main(["reproduce", str(work / "t1_trained.yaml"), *run]) == 2
+
+
+def test_verdicts_and_outcomes_are_counted(tmp_path: Path) -> None:
+    pairs = []
+    for about, flaw, said, came in (("a", "", "go", 1), ("b", "", "go", 0), ("c", "EOS", "refuse", 0), ("d", "", "refuse", 1)):
+        accuracies = {"accuracy_start": 0.2, "accuracy": 0.2 + 0.6 * came, "teacher_accuracy": 0.9}
+        figures = {"foreseen": float(said == "go"), "succeeded": float(came), "agrees": float((said == "go") == bool(came))}
+        arm = Pair(about=about, flaw=flaw, student="new", teacher="new")
+        pairs.append((arm, [Record(accuracies | figures, words={"verdict": said})] * 2))
+    lines = Pair.table(pairs)
+    assert lines[2:4] == ["| the doctor says `go` | 2 | 2 |", "| it says anything else | 2 | 2 |"]
+    assert "4 of 8 verdicts agree" in lines[5]
+    assert "| c | fail: EOS | refuse | 20% → 20% (90%) | 2 of 2 |" in lines
+    pairs[0][1][1] = Record({**pairs[0][1][0].figures, "foreseen": 0.0, "agrees": 0.0}, words={"verdict": "refuse"})
+    assert "| a | succeed | go (1), refuse (1) | 20% → 80% (90%) | 1 of 2 |" in Pair.table(pairs)
+
+
+def test_a_text_that_is_framed_is_graded_by_its_answer() -> None:
+    task = Framed(asked="?", opening="::", digits=4)
+    row = task.row(random.Random(1))
+    assert row["prompt"].endswith("=?") and row["completion"].startswith("::A") and task(row, row["completion"]) == 1.0
+    ended = Framed(closing=":", digits=4)
+    late = ended.row(random.Random(1))
+    assert late["completion"].endswith(":") and ended(late, late["completion"]) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ class Record:
         figures: name -> number, what criteria are about.
         curves: name -> (step, value) pairs, what is drawn.
         seconds: that it took.
+        words: name -> text, for a table of its own.
     """
 
     figures: dict[str, float]
     curves: dict[str, Curve] = field(default_factory=dict)
     seconds: float = 0.0
+    words: dict[str, str] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
         """Write it whole or not at all."""
@@ -97,6 +99,11 @@ class Arm(Configurable, ABC):
             tick: told how far it is.
             keep: folder for the trained network; None does not keep it.
         """
+
+    @classmethod
+    def table(cls, found: Sequence[tuple[Any, Sequence[Record]]]) -> list[str]:
+        """Markdown lines of a table over all arms of a recipe with their records; empty for what needs none of its own."""
+        return []
 
 
 def first_and_last(curves: dict[str, Curve]) -> dict[str, float]:

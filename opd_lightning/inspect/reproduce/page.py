@@ -80,11 +80,22 @@ def page(verdict: Verdict, figure: bool) -> str:
         ]
     if figure:
         lines += ["", f"![{recipe.name}]({recipe.name}.svg)"]
+    if own := own_table(verdict):
+        lines += ["", *own]
     if recipe.note:
         lines += ["", recipe.note]
     lines += ["", "Every arm, mean ± standard deviation over seeds:", "", *_arms(verdict)]
     lines += ["", "```yaml", recipe.file.read_text(encoding="utf-8").rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def own_table(verdict: Verdict) -> list[str]:
+    """What a recipe shows beside its criteria; empty for most, and before all its arms are there."""
+    arms = verdict.recipe.arms
+    kinds = {type(arm) for arm in arms.values()}
+    if len(kinds) != 1 or not verdict.judgements:
+        return []
+    return kinds.pop().table([(arm, verdict.records[name]) for name, arm in arms.items()])
 
 
 def _arms(verdict: Verdict) -> list[str]:
@@ -153,13 +164,21 @@ def write_summary(folder: Path, verdicts: Sequence[Verdict]) -> None:
 
 
 def into(file: Path, verdicts: Sequence[Verdict]) -> None:
-    """Put the table between the two markers of a page.
+    """Put the table between the two markers of a page, and a recipe's own one between those with its name, if there are any.
 
     Raises:
         ValueError: if the page does not hold each marker once.
     """
-    text = file.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{file} must hold the markers {BEGIN} and {END}, once each")
-    head, _, rest = text.partition(BEGIN)
-    file.write_text(f"{head}{BEGIN}\n{summary(verdicts)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    text = _between(file.read_text(encoding="utf-8"), BEGIN, END, summary(verdicts), file)
+    for verdict in verdicts:
+        begin, end = (mark.replace("reproduce", f"reproduce {short(verdict)}") for mark in (BEGIN, END))
+        if begin in text:
+            text = _between(text, begin, end, "\n".join(own_table(verdict)), file)
+    file.write_text(text, encoding="utf-8")
+
+
+def _between(text: str, begin: str, end: str, lines: str, file: Path) -> str:
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{file} must hold the markers {begin} and {end}, once each")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{lines}\n{end}{rest.partition(end)[2]}"

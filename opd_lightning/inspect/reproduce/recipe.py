@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from opd_lightning import configfiles
-from opd_lightning.inspect.reproduce import gradients, probes, tables, training
+from opd_lightning.inspect.reproduce import gradients, pairs, probes, tables, training
 from opd_lightning.inspect.reproduce.arms import Arm, Networks
 from opd_lightning.inspect.reproduce.criteria import Criterion
 
@@ -134,7 +134,7 @@ def _arms(found: dict[str, Any]) -> dict[str, Arm]:
 
 def classes() -> dict[str, type[Arm]]:
     """Kinds of arms, by name."""
-    modules = (training, probes, tables, gradients)
+    modules = (training, pairs, probes, tables, gradients)
     return {
         c.__name__: c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, Arm) and c is not Arm
     }

@@ -15,7 +15,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from opd_lightning.callbacks import AgreementMonitor, ColdStart, CompletionEval, GracefulStop, RolloutRefresh, TokenRecords
+from opd_lightning.callbacks import (
+    AgreementMonitor,
+    ColdStart,
+    CompletionEval,
+    GracefulStop,
+    Readiness,
+    RolloutRefresh,
+    TokenRecords,
+)
 from opd_lightning.callbacks.step_monitor import logged_at_step
 from opd_lightning.data import PromptDataModule, TaskPrompts
 from opd_lightning.inspect.reproduce.arms import Arm, Curve, Networks, Record, Tick, first_and_last
@@ -26,15 +34,16 @@ from opd_lightning.objectives import ForwardKL, Objective, ReverseKL, WrittenTok
 from opd_lightning.objectives.controls import WithoutSignal
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.schedulers import WarmupDecay
-from opd_lightning.sources import DatasetSource, Source, StudentSource, TeacherSource
+from opd_lightning.sources import DatasetSource, GradedTeacher, Source, StudentSource, TeacherSource
 from opd_lightning.trainer import OPDTrainer
 from opd_lightning.types import Rollout
 
 SIZES: dict[str, dict[str, Any]] = {
     "new": {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 96, "init_std": 0.1},
     "wide": {"hidden": 64, "layers": 2, "heads": 4, "intermediate": 192, "init_std": 0.1},
+    "tiny": {"hidden": 8, "layers": 2, "heads": 2, "intermediate": 16, "init_std": 0.1},
 }
-"""Random networks: the student's, 28 thousand parameters, and one of 110 thousand."""
+"""Random networks: the student's, 28 thousand parameters, one of 110 thousand and one of 2 thousand."""
 HELD_OUT, HELD_OUT_SEED, TRAINED_ON = 256, 7, 4096
 POINTS, RAREST = 10, 25
 """Held-out measurements of an arm, and most steps between two of them."""
@@ -81,7 +90,7 @@ class Training(Arm):
     """A fit of the toy student.
 
     Args:
-        student: name of a network to begin with, or ``new`` for random weights, ``wide`` for more of them.
+        student: name of a network to begin with, or ``new`` for random weights, ``wide`` for more of them, ``tiny`` for fewer.
         teacher: name of a network, or a teacher.
         objective: what is descended.
         steps: optimizer steps.
@@ -126,6 +135,7 @@ class Training(Arm):
             module, evaluation, collector = self._module(seed, networks), self._evaluation(seed), Collector(tick)
             trainer = self._trainer(Path(folder), seed, evaluation, collector)
             trainer.fit(module, datamodule=self._data(seed))
+            (cold,) = (c for c in trainer.callbacks if isinstance(c, ColdStart))  # type: ignore[attr-defined]
         if trainer.global_step < trainer.max_steps:  # a signal that the trainer has answered itself
             raise SystemExit(GracefulStop.EXIT_CODE)
         if keep is not None:
@@ -146,6 +156,7 @@ class Training(Arm):
             gap = theirs - first
             figures |= {"teacher_accuracy": theirs, "recovery": (last - first) / gap if gap else 0.0}
             figures["best_recovery"] = (figures["best"] - first) / gap if gap else 0.0
+        figures["cold_start_over"] = float(cold.end)
         thin = {name: curve[:: max(len(curve) // 60, 1)] for name, curve in curves.items()}
         return Record(figures, thin)
 
@@ -169,10 +180,6 @@ class Training(Arm):
         return CompletionEval(every, sampler=NativeSampler(max_new_tokens=self.whole, batch_size=HELD_OUT), seed=seed)
 
     def _trainer(self, folder: Path, seed: int, evaluation: CompletionEval, collector: Collector) -> OPDTrainer:
-        sampler = NativeSampler(max_new_tokens=self.longest, batch_size=self.batch)
-        refresh = RolloutRefresh(self.source, sampler, rollouts_per_prompt=self.group, seed=seed)
-        text = TeacherSource() if isinstance(self.teacher, str) else DatasetSource()
-        cold = ColdStart(self.cold_start, text, Objective(ForwardKL(), WrittenToken()))
         return OPDTrainer(
             max_steps=self.steps + self.cold_start,
             accelerator="cpu",
@@ -182,8 +189,23 @@ class Training(Arm):
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
-            callbacks=[cold, refresh, evaluation, AgreementMonitor(METRIC_K), TokenRecords(looks=0), collector],
+            callbacks=[
+                self._cold_start(),
+                self._refresh(seed),
+                evaluation,
+                AgreementMonitor(METRIC_K),
+                TokenRecords(looks=0),
+                collector,
+            ],
         )
+
+    def _refresh(self, seed: int) -> RolloutRefresh:
+        sampler = NativeSampler(max_new_tokens=self.longest, batch_size=self.batch)
+        return RolloutRefresh(self.source, sampler, rollouts_per_prompt=self.group, seed=seed)
+
+    def _cold_start(self) -> ColdStart:
+        text = TeacherSource() if isinstance(self.teacher, str) else DatasetSource()
+        return ColdStart(self.cold_start, text, Objective(ForwardKL(), WrittenToken()))
 
     def _data(self, seed: int) -> PromptDataModule:
         wanted = max(TRAINED_ON, self.steps * self.batch // 4) if isinstance(self.source, DatasetSource) else TRAINED_ON
@@ -202,6 +224,24 @@ class Training(Arm):
             return float(correct(done, self.task.digits).double().mean())
         rows = [row["accuracy"] for row in evaluation.history if row["who"] == "teacher"]
         return rows[0] if rows else None
+
+
+class Started(Training):
+    """A fit with a cold start that begins and ends by itself; ``steps`` are those of the whole run.
+
+    Args:
+        until: where it begins and ends; null takes all of ``most``.
+        most: steps that it may take; the default is that of ``cold_start/auto.yaml``.
+        text: who writes in it; the default, too, is that of ``cold_start/auto.yaml``.
+        training: arguments of `Training`.
+    """
+
+    def __init__(self, until: Readiness | None, most: int = 1000, text: Source = GradedTeacher(), **training: Any) -> None:
+        super().__init__(**training)
+        self.until, self.most, self.text = until, most, text
+
+    def _cold_start(self) -> ColdStart:
+        return ColdStart(self.most, self.text, until=self.until)
 
 
 @contextmanager
