@@ -10,7 +10,8 @@ from opd_lightning.inspect.reproduce import page, recipe
 from opd_lightning.inspect.reproduce.run import FAILED, OPEN, Plan, Verdict, run
 
 ABOUT = """Tests claims of the literature at a small scale: bigram tables, enumerable worlds, and transformers of 28 thousand
-parameters that learn sums of digits, each with several seeds and a criterion that was fixed before.
+parameters that learn sums of digits, each with several seeds and the criteria that stand in its file. Where one was set
+after a result had been seen, the note in the file says so.
 
   opd reproduce R1              one claim, with the networks that it needs
   opd reproduce R6 R7 A1        some
