@@ -15,6 +15,7 @@ install_import_hook(["opd_lightning.ops", "opd_lightning.objectives"], "beartype
 
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ warnings.filterwarnings("ignore", module="lightning")
 warnings.filterwarnings("ignore", module="transformers")
 for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """A group of this process would keep a port, and name it to the processes that later tests start."""
+    yield
+    assert not torch.distributed.is_initialized(), "a test that trains on ranks belongs in a process of its own"
 
 
 @pytest.fixture(scope="session")

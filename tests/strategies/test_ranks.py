@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_lightning.callbacks import RolloutRefresh
+from opd_lightning.callbacks.ahead import Ahead
 from opd_lightning.models.serving import Scorer, ScoringServer
-from tests.helpers import tiny_data, tiny_module, tiny_trainer
+from opd_lightning.samplers import NativeSampler
+from tests.helpers import tiny_trainer
 from tests.strategies.ranks_run import run
 from tests.strategies.test_splits import two_processes
 from tests.strategies.test_swap import assert_same
@@ -64,7 +65,7 @@ def test_two_processes_do_what_one_does(
         assert alone["history"][-1]["reverse_kl"] < float(where)  # it ended by itself
 
 
-def test_writing_ahead_is_refused_under_sharding(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, [RolloutRefresh(ahead="same")], strategy="fsdp2")
+def test_writing_ahead_is_refused_under_sharding(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, strategy="fsdp2")
     with pytest.raises(ValueError, match=r"rollout\.ahead keeps a whole copy.*ddp"):
-        trainer.fit(tiny_module(pair), tiny_data())
+        Ahead.of("same", trainer, NativeSampler(max_new_tokens=4))
