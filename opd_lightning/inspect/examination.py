@@ -290,14 +290,14 @@ class Examination:
         return out
 
     def floor(self) -> float | None:
-        """What no student can go below that is not told what the teacher is (`opd_lightning.inspect.tellings`), in nats a
-        token; None where nothing is told, or only what the group has written.
+        """Reverse KL that no student can go below which is not told what the teacher is (`opd_lightning.inspect.tellings`), in
+        nats a token; None where nothing is told, or only what the group has written, or there is one row alone.
         """
         some = {p.index: (p, c) for p, c in zip(self.prompts, self.written, strict=True) if p.informed}
-        if self.data.teacher_template is None or self.data.gathers or not some:
+        if self.data.teacher_template is None or self.data.gathers or len(some) < 2:
             return None
         prompts, written = zip(*some.values(), strict=True)
-        return floor_at(self.setup, prompts, written, TELLINGS).floor
+        return floor_at(self.setup, prompts, written, TELLINGS, "reverse").floor
 
     # ---- all of it -----------------------------------------------------------------------------------------------------
     def figures(self) -> Figures:

@@ -95,12 +95,15 @@ def estimate(setup: Setup, rows: int = 16, tellings: int = 8, tokens: int = 32) 
     data.vocabulary = module.vocabulary
     data.setup()
     informed = [replace(p, row=i) for i, p in enumerate(p for p in data.train_prompts if p.informed)]
-    sampler = _shorter(setup.rollout.sampler, tokens)
-    written = module.write(informed[:rows], "student", sampler, [fold(0, "floor", i) for i in range(len(informed[:rows]))])
-    return floor_at(setup, informed, written, tellings)
+    chosen, sampler = informed[:rows], _shorter(setup.rollout.sampler, tokens)
+    written = module.write(chosen, "student", sampler, [fold(0, "floor", p.row) for p in chosen])
+    divergence = module.objective.flat()[0][0].divergence
+    return floor_at(setup, informed, written, tellings, "forward" if isinstance(divergence, ForwardKL) else "reverse")
 
 
-def floor_at(setup: Setup, prompts: Sequence[Prompt], written: Sequence[Completion], tellings: int) -> Estimate:
+def floor_at(
+    setup: Setup, prompts: Sequence[Prompt], written: Sequence[Completion], tellings: int, direction: Direction
+) -> Estimate:
     """The floor under given completions of the student; its network and the teacher's are built, the data is set up.
 
     Args:
@@ -108,13 +111,12 @@ def floor_at(setup: Setup, prompts: Sequence[Prompt], written: Sequence[Completi
         prompts: informed ones; what the teacher is told about the later ones is also told in place of the earlier ones'.
         written: completions of the first of them.
         tellings: as `estimate` takes them.
+        direction: of the KL.
     """
     module, data = setup.module, setup.data
     told = data.teacher_template
     instance = isinstance(told, Context) and told.instance
     ways = [_tellings(data, prompts, number, tellings if instance else 1) for number in range(len(written))]
-    divergence = module.objective.flat()[0][0].divergence
-    direction: Direction = "forward" if isinstance(divergence, ForwardKL) else "reverse"
     start, least = _measured(module, list(zip(ways, written, strict=True)), direction)
     return Estimate(
         title=type(told).__name__,

@@ -81,6 +81,15 @@ def test_a_teacher_that_is_told_the_answer_has_a_floor_and_one_with_a_rule_has_n
         found[context["class_path"]] = Examination(read(words), prompts=3, samples=1).floor()
     assert found["CustomContext"] > 0.01
     assert found["PlainTemplate"] == pytest.approx(0.0, abs=1e-5)
+    told = [
+        "-c",
+        "quickstart.yaml",
+        "--data.teacher_template",
+        '{class_path: CustomContext, init_args: {wording: "{answer}={prompt}"}}',
+    ]
+    forward = Examination(read([*told, "--model.objective.divergence", "ForwardKL"]), prompts=3, samples=1).floor()
+    assert forward == pytest.approx(found["CustomContext"])  # it stands beside the reverse KL, whatever is descended
+    assert Examination(read(told), prompts=1, samples=1).floor() is None  # no other row whose answer it could be told
 
 
 def test_another_teacher_reads_the_same_texts(examined: Examination, tmp_path: Path) -> None:
