@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from opd_lightning.media import Media
 from opd_lightning.models.lora import LinearParts
 from opd_lightning.samplers.linear import Linear
 
@@ -136,7 +137,7 @@ class Decoder:
 
     # ---- rows come and go ----------------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def admit(self, prompts: Sequence[tuple[int, ...]]) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], media: Sequence[Media | None] = ()) -> None:
         """Append rows behind those that are there, and read their prompts but for the last token, which the next step takes.
 
         Args:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from opd_lightning import parallel
+from opd_lightning.media import Media
 from opd_lightning.models.lora import adapters_at_work, base_of
 from opd_lightning.models.processors import looks
 from opd_lightning.models.vocabulary import Vocabulary
@@ -32,8 +33,8 @@ class Engine(Protocol):
     refills: bool
     """New rows may join while others are being written."""
 
-    def admit(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Append rows; the last token of each is left for the next step."""
+    def admit(self, prompts: Sequence[tuple[int, ...]], media: Sequence[Media | None] = ()) -> None:
+        """Append rows; the last token of each is left for the next step. What they show is for engines that look."""
 
     def step(self, ids: Tensor) -> Tensor:
         """(rows, V) logits of the token behind ``ids`` (rows,), the newest token of every row."""
@@ -52,7 +53,7 @@ class TransformersEngine:
         self.base, self.pad_id, self.device = base, pad_id, next(base.parameters()).device
         self.pending: Tensor | None = None
 
-    def admit(self, prompts: Sequence[tuple[int, ...]]) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], media: Sequence[Media | None] = ()) -> None:
         longest = max(map(len, prompts))
         self.pending = torch.tensor([[self.pad_id] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
         starts = torch.tensor([longest - len(p) for p in prompts], device=self.device)

@@ -28,25 +28,19 @@ class LookingEngine:
         self.base, self.pad_id, self.device = base, vocabulary.pad_id, next(base.parameters()).device
         self.unwritten = torch.tensor(placeholders(base.config), dtype=torch.long, device=self.device)
         self.unwritten = self.unwritten[self.unwritten < vocabulary.size]
-        self.media: list[Media | None] = []
         self.pending: Tensor | None = None
         self.behind: Tensor | int = 0
 
-    def show(self, media: Sequence[Media | None]) -> None:
-        """What the prompts that are admitted next bring."""
-        self.media = list(media)
-
-    def admit(self, prompts: Sequence[tuple[int, ...]]) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], media: Sequence[Media | None] = ()) -> None:
         longest = max(map(len, prompts))
         starts = [longest - len(p) for p in prompts]
         self.pending = torch.tensor([[self.pad_id] * n + list(p) for n, p in zip(starts, prompts, strict=True)])
         self.pending = self.pending.to(self.device)
         self.mask = (torch.arange(longest) >= torch.tensor(starts)[:, None]).long().to(self.device)
-        self.media = self.media or [None] * len(prompts)
-        for prompt, media in zip(prompts, self.media, strict=True):  # padding may be spelt like an image
-            expect_shown(self.base.config, torch.tensor([prompt]), (media,))
-        self.inputs = inputs_for(self.base.base_model, tuple(self.media), starts, longest)
-        self.media = []
+        shown = tuple(media) or (None,) * len(prompts)
+        for prompt, one in zip(prompts, shown, strict=True):  # padding may be spelt like an image
+            expect_shown(self.base.config, torch.tensor([prompt]), (one,))
+        self.inputs = inputs_for(self.base.base_model, shown, starts, longest)
         self.cache = DynamicCache(config=self.base.config)
         self.rows = torch.arange(len(prompts), device=self.device)  # which of the batch are still written
 

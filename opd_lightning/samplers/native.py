@@ -17,7 +17,6 @@ from opd_lightning.media import Media
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.samplers.drawing import Law
 from opd_lightning.samplers.engines import Engine, engine_for
-from opd_lightning.samplers.looking import LookingEngine
 from opd_lightning.seeds import uniforms
 from opd_lightning.types import Completion
 
@@ -140,9 +139,7 @@ class NativeSampler(Configurable):
             free = self.batch_size - len(rows)
             if waiting and (not len(rows) or (engine.refills and free >= REFILL_AT * self.batch_size)):
                 joining, waiting = waiting[:free], waiting[free:]
-                if isinstance(engine, LookingEngine):
-                    engine.show([media[i] for i in joining])
-                engine.admit([prompts[i] for i in joining])
+                engine.admit([prompts[i] for i in joining], [media[i] for i in joining])
                 rows = torch.cat([rows, torch.tensor(joining, device=device)])
                 written = torch.cat([written, lengths.new_zeros(len(joining))])
                 newest = torch.cat([newest, torch.tensor([prompts[i][-1] for i in joining], device=device)])
