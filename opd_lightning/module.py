@@ -25,6 +25,7 @@ from opd_lightning.models.building import ReadOnce, build_all
 from opd_lightning.models.distributions import evaluating, laws_of, likeliest
 from opd_lightning.models.export import export_student
 from opd_lightning.models.lora import base_of
+from opd_lightning.models.processors import close_eyes
 from opd_lightning.models.students import Student, trainable_report
 from opd_lightning.models.teachers import AdapterOffTeacher, StartTeacher, Teacher
 from opd_lightning.models.vocabulary import Vocabulary, extra_eos, prove_shared
@@ -155,6 +156,9 @@ class OPDModule(pl.LightningModule):
         else:
             whole = self._trainer is None or not parallel.is_sharded(self._trainer.strategy)
             student = build_all(self.recipe, leaves, self.packed, share=whole)
+        prompts = getattr(getattr(self._trainer, "datamodule", None), "train_prompts", [])
+        if prompts and not any(p.media for p in prompts):
+            close_eyes(base_of(student))
         self._trained_names = {f"student.{n}" for n, p in student.named_parameters() if p.requires_grad}
         if not self._trained_names:
             raise ValueError("no parameter of the student is trainable")

@@ -19,7 +19,7 @@ from opd_lightning.models.attention import NAME as PACKED
 from opd_lightning.models.attention import completion_states, line_states, window_of
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.packing import lay_out
-from opd_lightning.models.processors import expect_shown, looks, seen_states
+from opd_lightning.models.processors import expect_shown, eyes_attached, looks, seen_states
 from opd_lightning.ops.heads import Head
 from opd_lightning.ops.masks import flatten_completions
 from opd_lightning.types import Rendering
@@ -69,11 +69,13 @@ def laws_of(model: nn.Module, text: Rendering, vocab: int) -> DenseLaws:
         ValueError: for a row that speaks of an image and brings none, or brings one to a model that reads text only.
     """
     base: Any = base_of(model)
-    if text.media is not None:
-        return DenseLaws(seen_states(base, text), head_of(model, vocab), vocab)
-    if looks(base.config):
+    if text.media is None and not looks(base.config):
+        return DenseLaws(completion_states(base.get_decoder(), text), head_of(model, vocab), vocab)
+    if text.media is None:
         expect_shown(base.config, text.ids, None)
-    return DenseLaws(completion_states(base.get_decoder(), text), head_of(model, vocab), vocab)
+    with eyes_attached(base):
+        states = completion_states(base.get_decoder(), text) if text.media is None else seen_states(base, text)
+    return DenseLaws(states, head_of(model, vocab), vocab)
 
 
 RANKED = 256

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -144,3 +146,39 @@ def seen_states(base: Any, text: Rendering) -> Tensor:
     mask = (torch.arange(width, device=text.ids.device) < text.lengths[:, None]).long()
     out = trunk(input_ids=text.ids, attention_mask=mask, use_cache=False, **inputs)
     return flatten_completions(out.last_hidden_state, text.mask)
+
+
+def _eyes(base: Any) -> list[nn.Parameter]:
+    """Trained weights beside the language model and its head."""
+    text = {id(p) for m in (base.get_decoder(), base.get_output_embeddings()) for p in m.parameters()}
+    return [p for p in base.parameters() if p.requires_grad and id(p) not in text]
+
+
+def close_eyes(base: Any) -> None:
+    """Freeze what is beside the language model, for a run that shows it nothing: weight decay would shrink it unseen."""
+    if not looks(base.config) or not (eyes := _eyes(base)):
+        return
+    for weight in eyes:
+        weight.requires_grad_(False)
+    total = sum(p.numel() for p in eyes) / 1e6
+    rank_zero_info(f"no prompt holds an image (data.prompts): {total:.3g} M weights beside the language model are not trained")
+
+
+@contextmanager
+def eyes_attached(base: Any) -> Iterator[None]:
+    """Inside, every trained weight beside the language model takes part in the forward pass with a gradient of zero.
+
+    Rows without images never pass the vision tower, and many models leave its last layer out. Processes that share a batch
+    wait for a gradient of every trained weight from each other, in one order: so the zero comes in where images would, below
+    the first layer. One process does the same, or it would step over weights that two do not.
+    """
+    beside = [p.sum() for p in _eyes(base)] if torch.is_grad_enabled() else []
+    if not beside:
+        yield
+        return
+    nothing = 0.0 * torch.stack(beside).sum()
+    handle = base.get_input_embeddings().register_forward_hook(lambda _, __, out: out + nothing.to(out.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -8,22 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import Qwen2VLForConditionalGeneration
 
 from opd_lightning.callbacks import OPDCheckpoint, RolloutRefresh
 from opd_lightning.cli import main
@@ -31,44 +19,15 @@ from opd_lightning.data import ChatTemplate, CustomContext, JsonlPrompts
 from opd_lightning.media import Media
 from opd_lightning.models import AdapterOffTeacher, FrozenTeacher, LoRA, ServerTeacher, Student
 from opd_lightning.models.distributions import laws_of
-from opd_lightning.models.tiny import character_tokenizer, save_tiny
+from opd_lightning.models.lora import base_of
+from opd_lightning.models.tiny import save_tiny
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.module import OPDModule
 from opd_lightning.objectives import Objective, ReverseKL
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.types import Completion, Prompt, Rollout
 from tests.helpers import same, tiny_data, tiny_trainer, weights
-
-ALPHABET = "0123456789+=,;&c# abdefghijklmnopqrstuvwxyz?."
-CHAT = (
-    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-    "{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}="
-)
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def talking(*special: str) -> Any:
-    tokenizer = character_tokenizer(ALPHABET)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def llava(folder: Path, seed: int, size: int = 8) -> Path:
-    """A random Llava with its processor, as a folder: images of ``size`` pixels, 4 of them a token's side."""
-    tokenizer = talking("<image>")
-    config = LlavaConfig(
-        text_config=LlamaConfig(**TEXT, vocab_size=len(tokenizer), initializer_range=0.2, bos_token_id=1, eos_token_id=2),
-        vision_config=CLIPVisionConfig(**VISION, image_size=size, patch_size=4, initializer_range=0.5, projection_dim=16),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        LlavaForConditionalGeneration(config).save_pretrained(folder)
-    looking = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    LlavaProcessor(looking, tokenizer, 4, "default", chat_template=CHAT, num_additional_image_tokens=1).save_pretrained(folder)
-    return folder
+from tests.looking import ALPHABET, QWEN, llava, qwen, qwen_prompts, rows_with_images, talking
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +39,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten questions: the first seven about an image of their own, of unequal lengths, the others about none."""
-    folder = tmp_path_factory.mktemp("images")
-    rows = []
-    for i in range(10):
-        content: Any = [{"type": "text", "text": "what is it?"[: 4 + i]}]
-        if i < 7:
-            pixels = np.random.default_rng(i).integers(0, 255, (9 + i, 12, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-            content = [{"type": "image", "path": str(folder / f"{i}.png")}, *content]
-        rows.append({"prompt": [{"role": "user", "content": content}], "code": str(i)})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder / "rows.jsonl"
+    return rows_with_images(tmp_path_factory.mktemp("images"), [i < 7 for i in range(10)])
 
 
 def looking_data(rows: Path, **kwargs: Any) -> Any:
@@ -235,6 +184,39 @@ def test_gradient_reaches_the_eyes(pair: tuple[Path, Path], prompts: Path, lora:
     assert seen and any(float(g.abs().max()) > 0.0 for g in seen)
 
 
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["whole", "adapters"])
+def test_text_alone_gives_the_eyes_a_gradient_of_zero(pair: tuple[Path, Path], prompts: Path, lora: LoRA | None) -> None:
+    """Not none at all: other processes, whose rows may look, wait for it. Below the first layer, so all take one way back."""
+    module, _, rollout = rolled(pair, prompts, lora=lora)
+    alone = rollout.select(torch.tensor([7, 8, 9]))
+    assert alone.text.media is None or not any(alone.text.media)
+    entered: list[bool] = []
+    assert module.student is not None
+    base: Any = base_of(module.student)
+    first = base.get_decoder().layers[0]
+    first.register_forward_pre_hook(lambda _, given, named: entered.append(given[0].requires_grad), with_kwargs=True)
+    module.score(replace(alone, text=replace(alone.text, media=None)), module.objective).loss.backward()
+    found = {n: p.grad for n, p in module.student.named_parameters() if p.requires_grad}
+    assert all(g is not None for g in found.values()) and entered == [True]
+    eyes = {n for n in found if "vision_tower" in n or "multi_modal_projector" in n}
+    assert eyes and all(not found[n].any() for n in eyes)
+    assert any(found[n].any() for n in set(found) - eyes)
+    assert not base.get_input_embeddings()._forward_hooks
+
+
+def test_a_run_that_shows_nothing_leaves_the_eyes_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """AdamW would decay weights whose gradient is zero."""
+    module = module_of(pair)
+    tiny_trainer(tmp_path, [refresh()], max_steps=2).fit(module, looking_data(rows_with_images(tmp_path, [False] * 6)))
+    start = module_of(pair)
+    start.configure_model()
+    eyes = {n for n in weights(start) if "vision_tower" in n or "multi_modal_projector" in n}
+    assert eyes and set(weights(start)) - set(weights(module)) == eyes
+    assert module.student is not None and start.student is not None
+    found, before = module.student.state_dict(), start.student.state_dict()
+    assert all(torch.equal(found[n], before[n]) == (n in eyes) for n in weights(start))
+
+
 def test_the_teacher_may_look_through_its_own_processor(pair: tuple[Path, Path], prompts: Path, tmp_path: Path) -> None:
     """It sees more pixels, so its prompt is longer; completions stay the key."""
     sharp = llava(tmp_path / "sharp", 2, size=16)
@@ -261,47 +243,11 @@ def test_a_context_leaves_the_image_where_it_is(pair: tuple[Path, Path], prompts
 # ---- grids and turning positions ---------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def qwen() -> tuple[Any, Vocabulary, list[Prompt]]:
-    """A random Qwen2-VL and prompts with none, one and two images of several sizes, as its processor makes them.
-
-    That processor needs torchvision for videos; its part for images does not.
-    """
-    tokenizer = talking("<image>", "<video>", "<start>", "<end>")
-    image, video, start, end = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<video>", "<start>", "<end>"))
-    config = Qwen2VLConfig(
-        text_config={
-            **TEXT,
-            "vocab_size": len(tokenizer),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-            "initializer_range": 0.2,
-        },
-        vision_config={"embed_dim": 16, "hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
-        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config).eval()
-    looking = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024})
-    prompts = []
-    for row, sizes in enumerate([[(16, 8)], [], [(8, 24), (16, 16)], [(24, 24)]]):
-        ids, types, grids, pixels = [7, 8, 9][: row + 1], [0] * min(row + 1, 3), [], []
-        for height, width in sizes:
-            pixel = np.random.default_rng(height * width).integers(0, 255, (height, width, 3), dtype=np.uint8)
-            made = looking(images=[Image.fromarray(pixel)], return_tensors="pt")
-            count = int(made["image_grid_thw"].prod()) // 4
-            ids += [start, *[image] * count, end, 5]
-            types += [0, *[1] * count, 0, 0]
-            grids.append(made["image_grid_thw"])
-            pixels.append(made["pixel_values"])
-        shown = {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)} if sizes else {}
-        media = Media(shown, {"mm_token_type_ids": torch.tensor(types)}) if sizes else None
-        prompts.append(Prompt(row, "", tuple(ids), row=row, media=media))
-    return model, Vocabulary.of(tokenizer), prompts
-
-
-def test_images_of_many_sizes_in_one_batch(qwen: tuple[Any, Vocabulary, list[Prompt]]) -> None:
+def test_images_of_many_sizes_in_one_batch(tmp_path: Path) -> None:
     """Patches below each other, positions on three axes that the model rebuilds, rows that end early: as the rows alone."""
-    model, vocabulary, prompts = qwen
+    model = Qwen2VLForConditionalGeneration.from_pretrained(qwen(tmp_path, 0)).eval()
+    vocabulary = Vocabulary.of(talking(*QWEN))
+    prompts = qwen_prompts([[(16, 8)], [], [(8, 24), (16, 16)], [(24, 24)]])
     sampler = NativeSampler(max_new_tokens=6)
     ids, shown = [p.ids for p in prompts], [p.media for p in prompts]
     with torch.no_grad():
