@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from opd_lightning import parallel
+from opd_lightning.bars import bar
 from opd_lightning.data.buffer import RolloutBuffer, RolloutLoader
 from opd_lightning.data.contexts import Context
 from opd_lightning.data.group_contexts import Attempt
@@ -123,11 +123,11 @@ class PromptDataModule(pl.LightningDataModule):
 
     def _tokenize(self, rows: Sequence[Row], first: int) -> list[Prompt]:
         out: list[Prompt] = []
-        with tqdm(total=len(rows), desc="Tokenizing prompts", disable=len(rows) < SHOW_PROGRESS, leave=False) as bar:
+        with bar(total=len(rows), desc="Tokenizing prompts", disable=len(rows) < SHOW_PROGRESS) as shown:
             for start in range(0, len(rows), AT_ONCE):
                 some = rows[start : start + AT_ONCE]
                 out += self._tokenized(some, first + start)
-                bar.update(len(some))
+                shown.update(len(some))
         assert self.vocabulary is not None
         unk = self.vocabulary.unk_id
         short = [p for p in out if not self.max_prompt_tokens or len(p.ids) <= self.max_prompt_tokens]

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from opd_lightning import configfiles
+from opd_lightning.bars import bar
 from opd_lightning.callbacks.pairing import declared_with
 from opd_lightning.data import Addition, TaskPrompts
 from opd_lightning.inspect.oracle import TabularWorld, Writer, reverse_kl
@@ -99,7 +99,7 @@ class Measured(NamedTuple):
 def shipped(read: Callable[[list[str]], Setup]) -> list[Method]:
     """Every method that ships, read without loading weights."""
     files = {name: file for name, file in configfiles.shipped().items() if name.startswith("methods/")}
-    shown = tqdm(files.items(), desc="Reading", leave=False)
+    shown = bar(files.items(), desc="Reading")
     return [Method(Path(name).stem, read(["-c", name]), _source(file.read_text(encoding="utf-8"))) for name, file in shown]
 
 
@@ -286,7 +286,7 @@ GAE-OPD and CR-OPD are hypotheses of arXiv 2606.22793, which ran no experiment.
 def measured_page(methods: list[Method]) -> str:
     """The measurements of all methods as a Markdown page."""
     pair, rows = Bench(), []
-    for method in tqdm(methods, desc="Measuring methods"):
+    for method in bar(methods, desc="Measuring methods", leave=True):
         found, row = measure(method, pair), method.row()
         rows.append(
             {

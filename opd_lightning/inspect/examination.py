@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from opd_lightning.bars import bar
 from opd_lightning.callbacks.pairing import refuse_incomparable
 from opd_lightning.inspect.setups import Setup
 from opd_lightning.inspect.tellings import floor_at
@@ -186,8 +186,8 @@ class Examination:
         """Completions of ``student`` or ``teacher`` behind the prompts, with a progress bar."""
         assert self.network is not None
         seeds = [fold(self.seed, "doctor", purpose, p.row) for p in prompts]
-        with tqdm(total=len(prompts), desc=f"{who} writes ({purpose})", leave=False) as bar:
-            return self.module.write(prompts, who, self.sampler, seeds, lambda done: _advance(bar, done))
+        with bar(total=len(prompts), desc=f"{who} writes ({purpose})") as shown:
+            return self.module.write(prompts, who, self.sampler, seeds, lambda done: _advance(shown, done))
 
     @cached_property
     def written(self) -> list[Completion]:
@@ -239,7 +239,7 @@ class Examination:
         size = self.data.micro_batch_size or 16
         rollout = self.rollout()
         with torch.no_grad(), evaluating(self.network):
-            for rows in tqdm(torch.arange(len(rollout)).split(size), desc="both score", leave=False):
+            for rows in bar(torch.arange(len(rollout)).split(size), desc="both score"):
                 yield rollout.select(rows).to(self.device)
 
     def _measured(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -382,8 +382,8 @@ def _behind(prompt: Prompt, begun: Sequence[int]) -> Prompt:
     return replace(prompt, ids=(*prompt.ids, *begun), teacher_ids=theirs)
 
 
-def _advance(bar: Any, done: int) -> None:
-    bar.update(done - bar.n)
+def _advance(shown: Any, done: int) -> None:
+    shown.update(done - shown.n)
 
 
 def _count(model: nn.Module) -> int:

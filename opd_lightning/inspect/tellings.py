@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from opd_lightning.bars import bar
 from opd_lightning.data.contexts import Context
 from opd_lightning.inspect.floor import LEARNABLE, Direction, floor, mean_divergence
 from opd_lightning.inspect.setups import Setup
@@ -134,7 +134,7 @@ def _measured(module: Any, rows: Sequence[tuple[list[Prompt], Completion]], dire
     """(N,) divergence from the teacher, and (N,) the floor under it, at every token of every row."""
     starts, floors = [], []
     with torch.no_grad(), evaluating(module.student):
-        for told, completion in tqdm(rows, "asking the teacher", leave=False):
+        for told, completion in bar(rows, "asking the teacher"):
             for laws, student in _laws(module, told, completion):
                 count = laws.shape[1]
                 weights = torch.full((count,), 1.0 / count, dtype=laws.dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_lightning.bars import only_the_outer
 from opd_lightning.cli import main, read
 from opd_lightning.inspect import doctor
 from opd_lightning.inspect.examination import Examination, Figures, Voice, nearest
@@ -134,6 +135,16 @@ def test_thresholds_move_the_verdict_and_the_length_of_a_cold_start() -> None:
     assert judge(GOOD, [], 64, strict).word == COLD_START
     wide = replace(GOOD, reverse_kl=2.0, nearest_kl=1.9)
     assert judge(wide, [], 32).steps == pytest.approx(2 * judge(wide, [], 64).steps, abs=2)
+
+
+def test_its_bars_step_back_where_another_is_shown(examined: Examination, capsys: pytest.CaptureFixture[str]) -> None:
+    """`opd reproduce` examines pairs inside a bar of its own."""
+    capsys.readouterr()
+    with only_the_outer():
+        examined.write("student", examined.prompts[:2], "again")
+    assert capsys.readouterr().err == ""
+    examined.write("student", examined.prompts[:2], "again")
+    assert "student writes (again)" in capsys.readouterr().err
 
 
 def test_page_json_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

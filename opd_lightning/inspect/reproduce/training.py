@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from opd_lightning.bars import only_the_outer
 from opd_lightning.callbacks import (
     AgreementMonitor,
     ColdStart,
@@ -246,13 +247,13 @@ class Started(Training):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning says about every fit."""
+    """Without what Lightning says about every fit, and without further progress bars."""
     loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "pytorch.utilities.rank_zero", "fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), only_the_outer():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from opd_lightning.bars import bar
 from opd_lightning.endpoint import Endpoint, Refused, Unreachable, in_parallel
 from opd_lightning.models.loading import cache_dir
 from opd_lightning.models.students import Student
@@ -159,13 +159,13 @@ class ServerTeacher(Teacher):
                 self._at_hand[question] = found
             else:
                 missing.append(question)
-        with tqdm(total=len(missing), desc=f"asking {self.model}", unit="row", leave=False, delay=SHOWN_AFTER) as bar:
+        with bar(total=len(missing), desc=f"asking {self.model}", unit="row", delay=SHOWN_AFTER) as shown:
             for question, answer in in_parallel(self._ask, missing, self.at_once):
                 self._at_hand[question] = answer
                 self.asked += 1
                 if self.cache is not None:
                     self.cache.put(question.key(), answer)
-                bar.update()
+                shown.update()
 
     def _from_disk(self, question: Question) -> Answer | None:
         found = self.cache.get(question) if self.cache is not None else None
