@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -194,4 +194,15 @@ def section(run: Path) -> str:
         ]
     cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
     heading = f"<h3>{escape(run.name)}: {escape(verdict['word'] + steps)}</h3>"
-    return f'{heading}<ul>{reasons}</ul><div class="scroll"><table class="text">{cells}</table></div>'
+    found_at = _positions(figures["stretches"]) if figures is not None else ""
+    return f'{heading}<ul>{reasons}</ul><div class="scroll"><table class="text">{cells}</table></div>{found_at}'
+
+
+def _positions(stretches: Sequence[Mapping[str, float]]) -> str:
+    """What was measured by position in the completion, HTML; the terminal shows the same."""
+    titles = ("position", "reverse KL (nats)", "student entropy (nats)", "teacher entropy (nats)", "overlap", "tokens")
+    names = ("reverse_kl", "student_entropy", "teacher_entropy", "overlap")
+    rows = [(f"{s['first']} to {s['last']}", *(f"{s[name]:.3f}" for name in names), str(s["tokens"])) for s in stretches]
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table class="numbers"><tr>{head}</tr>{body}</table></div>'

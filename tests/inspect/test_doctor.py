@@ -158,6 +158,9 @@ def test_page_json_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert stored["verdict"]["word"] == GO and stored["figures"]["completions"] == 8
     section = doctor.section(Path("run"))
     assert section.startswith("<h3>run: go</h3>") and "overlap mass" in section
+    first = stored["figures"]["stretches"][0]
+    assert f"<td>{first['first']} to {first['last']}</td><td>{first['reverse_kl']:.3f}</td>" in section
+    assert section.count("<td>") >= 6 * len(stored["figures"]["stretches"])
     assert doctor.section(tmp_path) == ""
 
 
