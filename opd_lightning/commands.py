@@ -85,8 +85,9 @@ mean and standard deviation of held-out accuracy and reverse KL over the seeds, 
   opd race -c quickstart.yaml --methods methods/opd.yaml methods/gkd.yaml methods/seqkd.yaml --seeds 0 1 2 --max_steps 100
 
 Every run is `opd fit` with the configurations, then the method's, then the flags; evaluation between the first and the last
-step, sample tables and report controls are off. Give each method the learning rate that suits it, in its own file, or the
-comparison is one of learning rates."""
+step, sample tables and report controls are off. With --eval.every_n_steps 20 the way there is measured too: race_courses.csv
+and race_courses.png show it against the tokens trained on and the seconds they took, evaluation left out. Give each method
+the learning rate that suits it, in its own file, or the comparison is one of learning rates."""
 RACE_ENDING = """The folder holds race.md, race.csv, race.png and race.svg, kept up to date after every run, and each run with
 its log. Stopped or failed? The same command continues: finished runs are not repeated, interrupted ones go on from their
 checkpoint, and a run whose configuration changed starts anew (the old one is moved aside).

@@ -21,7 +21,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from opd_lightning import configfiles
-from opd_lightning.inspect import standings, subrun
+from opd_lightning.inspect import courses, standings, subrun
 from opd_lightning.inspect.report import can_draw
 from opd_lightning.inspect.runs import curves
 from opd_lightning.inspect.setups import Setup
@@ -29,7 +29,7 @@ from opd_lightning.inspect.standings import DONE, FAILED, LABEL, OPEN, Result
 
 OFF = ["--report.controls", "{}", "--report.fields", "{}", "--report.label", LABEL, "--eval.every_n_steps", "0"]
 OFF += ["--trainer.enable_progress_bar", "false"]
-"""A run of a race is measured before and after, and shows nothing of its own."""
+"""A run of a race is measured before and after, and shows nothing of its own, unless flags say otherwise."""
 POLL_SECONDS = 2.0
 
 
@@ -161,7 +161,7 @@ def _methods(names: list[str]) -> dict[str, str]:
 def _checked(settings: Settings, file: str, read: Read) -> tuple[list[str], Setup]:
     """The words of a method's runs, but for seed and folder, and what they mean."""
     who = f"{file} over {' '.join(settings.configs) or 'base.yaml'}"
-    words = [word for name in (*settings.configs, file) for word in ("-c", name)] + [*settings.flags, *OFF]
+    words = [word for name in (*settings.configs, file) for word in ("-c", name)] + [*OFF, *settings.flags]
     if settings.max_steps is not None:
         words += ["--trainer.max_steps", str(settings.max_steps)]
     try:
@@ -204,6 +204,7 @@ def run(settings: Settings, read: Read) -> bool:
     def keep() -> list[Result]:
         results = [r.result(errors.get((r.method, r.seed), "")) for r in runs]
         standings.write(settings.folder, results, draw)
+        courses.write(settings.folder, [(r.method, r.seed, r.folder) for r in runs if r.finished], draw)
         return results
 
     keep()
@@ -221,7 +222,8 @@ def run(settings: Settings, read: Read) -> bool:
                 )
     results = keep()
     print("\n" + standings.markdown(results))
-    print(f"race  {settings.folder / 'race.md'}, race.csv" + (", race.png, race.svg" if draw else ""))
+    shown = [f.name for f in sorted(settings.folder.glob("race*.*")) if f.name != "race.md"]
+    print(f"race  {settings.folder / 'race.md'}, {', '.join(shown)}")
     return all(r.status == DONE for r in results)
 
 

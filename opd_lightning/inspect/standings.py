@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opd_lightning.inspect.courses import seconds
 from opd_lightning.inspect.page import COLUMNS
 from opd_lightning.inspect.report import ROW_TITLES
 from opd_lightning.inspect.runs import curves
@@ -19,10 +20,18 @@ LABEL = "after"
 SHOWN = {
     "accuracy": COLUMNS["accuracy"],
     "reverse_kl": COLUMNS["reverse_kl"],
+    "neutral_nll": COLUMNS["neutral_nll"],
     "completion_tokens": "completion (tokens)",
     "training_tokens": "training tokens",
     "seconds": "seconds",
 }
+FORMS = {
+    "accuracy": (100, ".1f", " %"),
+    "reverse_kl": (1, ".4f", ""),
+    "neutral_nll": (1, ".4f", ""),
+    "completion_tokens": (1, ".1f", ""),
+}
+"""Of a metric: factor, format, unit; the others are whole numbers."""
 DONE, FAILED, OPEN = "done", "failed", "open"
 
 
@@ -57,8 +66,8 @@ def measurements(run: Path) -> dict[str, dict[str, float]]:
     after, logged = dict(summary[LABEL]), curves(run)
     if written := logged.get("rollout/total_tokens"):
         after["training_tokens"] = written[-1][1]
-    if seconds := logged.get("train/step_seconds"):
-        after["seconds"] = sum(value for _, value in seconds)
+    if took := seconds(logged):
+        after["seconds"] = sum(value for _, value in took)
     return {"after": after, "before": summary["before"], "teacher": summary.get("teacher", {})}
 
 
@@ -124,9 +133,7 @@ def spread(metric: str, mean: float | None, deviation: float | None) -> str:
     """
     if mean is None:
         return ""
-    scale, form, unit = {"accuracy": (100, ".1f", " %"), "reverse_kl": (1, ".4f", ""), "completion_tokens": (1, ".1f", "")}.get(
-        metric, (1, ",.0f", "")
-    )
+    scale, form, unit = FORMS.get(metric, (1, ",.0f", ""))
     if mean == 0.0 and not deviation:
         return "0"  # the teacher's reverse KL, by definition
     shown = [format(scale * value, form).replace(",", " ") for value in (mean, deviation) if value is not None]

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from opd_lightning.cli import main, read
-from opd_lightning.inspect import race, standings, subrun
+from opd_lightning.inspect import courses, race, standings, subrun
+from opd_lightning.inspect.runs import curves
 from opd_lightning.inspect.standings import DONE, FAILED, Result
 
 BASE = """
@@ -67,7 +68,8 @@ def there(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def words(*methods: str, seeds: tuple[str, ...] = ("0", "1"), folder: str = "race") -> list[str]:
-    return ["race", "-c", "small.yaml", "--methods", *methods, "--seeds", *seeds, "--folder", folder]
+    asked = ["--methods", *methods, "--seeds", *seeds, "--folder", folder]
+    return ["race", "-c", "small.yaml", *asked, "--eval.every_n_steps", "1"]
 
 
 def rows(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -104,6 +106,28 @@ def test_numbers_are_those_of_the_runs(work: Path) -> None:
     assert "reverse KL" in (folder / "race.svg").read_text()
 
 
+def test_the_way_there_is_kept_with_tokens_and_seconds(work: Path, tmp_path: Path) -> None:
+    folder, table = work / "race", rows(work / "race")
+    with (folder / "race_courses.csv").open(encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert [(r["method"], r["seed"], r["step"]) for r in found] == [(*run, step) for run in table for step in "012"]
+    for (method, seed), row in table.items():
+        start, middle, end = (r for r in found if (r["method"], r["seed"]) == (method, seed))
+        assert (start["training_tokens"], start["seconds"]) == ("0.0", "0")
+        assert 4 <= float(middle["training_tokens"]) <= 4 * 5 and 0.0 < float(middle["seconds"]) < float(end["seconds"])
+        assert {key: end[key] for key in ("reverse_kl", "accuracy")} == {key: row[key] for key in ("reverse_kl", "accuracy")}
+        assert float(end["training_tokens"]) == float(row["training_tokens"]) and end["seconds"] == row["seconds"]
+    logged = curves(folder / "opd/seed-0")
+    assert logged["time/evaluation"][1][1] > 0.0  # before the second step, and left out
+    assert float(table["opd", "0"]["seconds"]) < sum(value for _, value in logged["train/step_seconds"])
+    assert (folder / "race_courses.png").stat().st_size > 10_000
+    (tmp_path / "run/eval").mkdir(parents=True)
+    measured = [{"step": step, "who": "student", "reverse_kl": 1.0} for step in (0, 5)]
+    (tmp_path / "run/eval/history.json").write_text(json.dumps(measured))
+    courses.write(tmp_path, [("opd", 0, tmp_path / "run")], draw=True)
+    assert [f.name for f in tmp_path.iterdir()] == ["run"]  # before and after alone: the table says it all
+
+
 @pytest.mark.slow
 def test_finished_runs_stay_an_interrupted_one_goes_on_and_a_failing_one_stops_nobody(
     there: Path, capsys: pytest.CaptureFixture[str]
@@ -129,8 +153,9 @@ def test_finished_runs_stay_an_interrupted_one_goes_on_and_a_failing_one_stops_n
 
 
 def test_only_the_same_configuration_counts_as_finished(there: Path, tmp_path: Path) -> None:
-    def planned(**changes: Any) -> race.Run:
-        settings = race.Settings(["small.yaml"], ["methods/seqkd.yaml"], [0], Path("race"), **changes)
+    def planned(flags: tuple[str, ...] = (), **changes: Any) -> race.Run:
+        asked = ("--eval.every_n_steps", "1", *flags)
+        settings = race.Settings(["small.yaml"], ["methods/seqkd.yaml"], [0], Path("race"), flags=asked, **changes)
         return race.plan(settings, read)[0]
 
     assert planned().finished and planned(max_steps=2).finished

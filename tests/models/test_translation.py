@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opd_lightning.callbacks import ColdStart, RolloutRefresh
+from opd_lightning.callbacks import ColdStart, CompletionEval, RolloutRefresh
+from opd_lightning.data import Addition, TaskPrompts
 from opd_lightning.models import CrossTokenizerTeacher, EnsembleTeacher, FrozenTeacher, NewStudent, Student, Vocabulary
 from opd_lightning.models.tiny import character_tokenizer, pair_tokenizer
 from opd_lightning.models.translation import TranslatedLaws, Translation, token_bytes
@@ -33,6 +35,7 @@ from opd_lightning.objectives import (
     WrittenToken,
 )
 from opd_lightning.objectives.defects import DegenerateObjective
+from opd_lightning.samplers import NativeSampler
 from opd_lightning.sources import DatasetSource, TeacherSource
 from opd_lightning.types import Completion, Prompt, Rollout, TableLaws
 from tests.helpers import tiny_data, tiny_trainer
@@ -196,7 +199,6 @@ def module_of(objective: Any = OBJECTIVE, teacher: Any = None, student: Any = No
 
 def test_a_run_logs_what_was_scored_and_resumes_in_the_middle_of_a_refresh(tmp_path: Path) -> None:
     from opd_lightning.callbacks import OPDCheckpoint
-    from opd_lightning.samplers import NativeSampler
     from tests.helpers import same, weights
 
     def fit(root: Path, steps: int, **kwargs: Any) -> tuple[OPDModule, Any]:
@@ -215,6 +217,21 @@ def test_a_run_logs_what_was_scored_and_resumes_in_the_middle_of_a_refresh(tmp_p
     fit(tmp_path / "part", 3)
     resumed, _ = fit(tmp_path / "part", 4, ckpt_path=str(tmp_path / "part/checkpoints/step-000003.ckpt"))
     assert same(weights(whole), weights(resumed))
+
+
+@pytest.mark.slow
+def test_a_student_with_pairs_comes_nearer_to_a_teacher_of_characters(tmp_path: Path) -> None:
+    """On its own text, after a start on written solutions: both phases bring it nearer, held out."""
+    student = NewStudent(ALPHABET, hidden=48, heads=4, pairs="789", seed=3)
+    writing = {"sampler": NativeSampler(max_new_tokens=24, batch_size=64)}
+    evaluation = CompletionEval(every_n_steps=40, seed=0, **writing)
+    callbacks = [RolloutRefresh(seed=1, **writing), ColdStart(40, DatasetSource()), evaluation]
+    data = tiny_data(prompts=TaskPrompts(Addition(digits=2), size=400, seed=3), held_out=64, batch_size=32)
+    trainer = tiny_trainer(tmp_path, callbacks, max_steps=80)
+    trainer.fit(module_of(student=student, optimizer=partial(torch.optim.AdamW, lr=4e-3)), data)
+    start, cold, end = (row["reverse_kl"] for row in evaluation.history if row["who"] == "student")
+    assert end < 0.8 * cold < 0.64 * start, (start, cold, end)
+    assert trainer.callback_metrics["rollout/scored_positions"] > 0.9  # all but what stands behind a special token
 
 
 def test_positions_that_do_not_meet_are_masked_and_counted(pair: tuple[Path, Path], tmp_path: Path) -> None:
