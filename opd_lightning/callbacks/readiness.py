@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from opd_lightning.objectives import Objective, ReverseKL
 from opd_lightning.samplers import NativeSampler
 
 REVERSE_KL = Objective(ReverseKL())
+NEAR = 0.1
+"""Share of a student's texts that must be near its teacher for plain distillation to begin from; the doctor asks the same."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,21 @@ class Standing:
         ends: probability of the teacher over that of the student where the student ended, geometric mean, at most 1; 0 if it
             never ended.
         truncated: share of its completions that the length limit cut.
+        nearest_kl: the reverse KL of its completions that are nearest; see `nearest`.
     """
 
     mass: float
     reverse_kl: float
     ends: float
     truncated: float
+    nearest_kl: float
 
     def to_dict(self) -> dict[str, float]:
         """Plain numbers."""
         return asdict(self)
 
     def __str__(self) -> str:
-        near = f"overlap mass {self.mass:.3f}, reverse KL {self.reverse_kl:.3f}"
+        near = f"overlap mass {self.mass:.3f}, reverse KL {self.reverse_kl:.3f} (nearest texts {self.nearest_kl:.3f})"
         return f"{near}, share of the end {self.ends:.2f}, truncated {self.truncated:.0%}"
 
 
@@ -58,6 +63,8 @@ class Readiness(Configurable):
         reverse_kl: nats per token. The same toy: 3.3 before, 0.46 behind a sufficient cold start.
         ends: probability of the teacher over that of the student, where the student ended.
         truncated: share of completions cut by the length limit.
+        near: where this share of the completions is within the first number of ``reverse_kl``, mass and divergence ask for no
+            cold start: training makes such texts more frequent (`opd reproduce D1`). 0 does without this rule.
         patience: looks in a row at which all must hold.
         every_n_steps: optimizer steps between two looks; a refresh must begin there (a multiple of rollout.every_n_steps).
         prompts: how many, over all devices, one completion each.
@@ -73,6 +80,7 @@ class Readiness(Configurable):
         reverse_kl: tuple[float, float] = (1.25, 0.5),
         ends: tuple[float, float] = (0.1, 0.5),
         truncated: tuple[float, float] = (0.5, 0.1),
+        near: float = NEAR,
         patience: int = 2,
         every_n_steps: int = 10,
         prompts: int = 32,
@@ -83,6 +91,8 @@ class Readiness(Configurable):
                 f"Readiness(patience={patience}, every_n_steps={every_n_steps}, prompts={prompts}, k={k}): the first three at "
                 "least 1, k at least 0"
             )
+        if not 0.0 <= near <= 1.0:
+            raise ValueError(f"Readiness(near={near}): a share of the completions, in [0, 1]")
         for name, (enter, leave), rises in (
             ("mass", mass, True),
             ("reverse_kl", reverse_kl, False),
@@ -95,22 +105,23 @@ class Readiness(Configurable):
                     f"{'larger' if rises else 'smaller'} one"
                 )
         self.limits = {"mass": mass, "reverse_kl": reverse_kl, "ends": ends, "truncated": truncated}
-        self.patience, self.every_n_steps, self.prompts, self.k = patience, every_n_steps, prompts, k
+        self.near, self.patience, self.every_n_steps, self.prompts, self.k = near, patience, every_n_steps, prompts, k
 
     def lacking(self, found: Standing, entering: bool) -> list[str]:
         """What is not good enough, a phrase each.
 
-        >>> Readiness().lacking(Standing(0.9, 0.3, 0.9, 0.0), entering=True)
+        >>> Readiness().lacking(Standing(0.7, 1.3, 0.9, 0.0, nearest_kl=0.2), entering=True)
         []
-        >>> Readiness().lacking(Standing(0.9, 0.3, 0.9, 0.0), entering=False)
+        >>> Readiness().lacking(Standing(0.9, 0.3, 0.9, 0.0, nearest_kl=0.2), entering=False)
         ['overlap mass 0.900 is below 0.95']
         """
         which, out = (0 if entering else 1), []
+        begun = entering and self.near > 0.0 and found.nearest_kl <= self.limits["reverse_kl"][0]
         for name, title in (("mass", "overlap mass"), ("ends", "the teacher's share of the student's end")):
-            if (value := getattr(found, name)) < (limit := self.limits[name][which]):
+            if (value := getattr(found, name)) < (limit := self.limits[name][which]) and not (begun and name == "mass"):
                 out.append(f"{title} {value:.3f} is below {limit:g}")
         for name, title in (("reverse_kl", "reverse KL"), ("truncated", "share of truncated completions")):
-            if (value := getattr(found, name)) > (limit := self.limits[name][which]):
+            if (value := getattr(found, name)) > (limit := self.limits[name][which]) and not (begun and name == "reverse_kl"):
                 out.append(f"{title} {value:.3f} is above {limit:g}")
         return out
 
@@ -123,6 +134,7 @@ class Readiness(Configurable):
         places = [place * world + rank for place in range(-(-count // world))]  # equally many on every rank
         prompts = [replace(chosen[i], row=i) if i < count else replace(chosen[0], row=-1) for i in places]
         k = self.k or max(1, min(16, vocabulary.size // 5))
+        each: list[float] = []
         sums = torch.zeros(7, dtype=torch.float64)
         with torch.no_grad(), evaluating(pl_module.student), trainer.precision_plugin.forward_context():
             written = RunWriters(trainer, pl_module, sampler, seed, "readiness").student(prompts)
@@ -135,8 +147,20 @@ class Readiness(Configurable):
                 mass, divergence, k1 = (values[n].cpu().double() for n in ("student_overlap_mass", "reverse_kl", "k1"))
                 closing = torch.isin(rollout.text.targets[rollout.mask], torch.tensor(vocabulary.eos_ids)) & counted
                 real = rollout.row >= 0
+                texts = divergence.split(rollout.mask.sum(-1).tolist())
+                each += [float(text.mean()) for text, own in zip(texts, real, strict=True) if own and len(text)]
                 found = (mass[counted], divergence[counted], counted, -k1[closing], closing, real & ~rollout.ended, real)
                 sums += torch.stack([value.sum().double() for value in found])
         mass, divergence, tokens, ends, closed, cut, rows = parallel.sum_over_ranks(sums.tolist())
         end = math.exp(min(ends / closed, 0.0)) if closed else 0.0
-        return Standing(mass / tokens, divergence / tokens, end, cut / rows)
+        near = nearest([mean for some in parallel.gather_objects(each) for mean in some], self.near)
+        return Standing(mass / tokens, divergence / tokens, end, cut / rows, near)
+
+
+def nearest(means: Sequence[float], share: float = NEAR) -> float:
+    """The largest among that share of completions whose reverse KL, nats per token, is smallest; of one at least.
+
+    >>> nearest([2.0, 0.5, 4.0])
+    0.5
+    """
+    return sorted(means)[max(math.ceil(len(means) * share), 1) - 1]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from opd_lightning.bars import bar
 from opd_lightning.callbacks.pairing import refuse_incomparable
+from opd_lightning.callbacks.readiness import nearest
 from opd_lightning.inspect.setups import Setup
 from opd_lightning.inspect.tellings import floor_at
 from opd_lightning.models.distributions import evaluating, laws_of, pack_rows
@@ -309,6 +310,7 @@ class Examination:
             teacher = self.voice(self.told, self.write("teacher", self.told, "own text"))
             gain = self.gain(student.accuracy, found["teacher_likelihood"])
         mean = {name: float(value.double().mean()) for name, value in found.items()}
+        lengths = [len(c.ids) for c in self.written]
         closing = found["closing"]
         ends = None
         if bool(closing.any()):
@@ -323,7 +325,7 @@ class Examination:
             mass=(mean["student_mass"], mean["teacher_mass"]),
             advantage=mean["advantage"],
             reverse_kl=mean["reverse_kl"],
-            nearest_kl=nearest(found["reverse_kl"], [len(c.ids) for c in self.written]),
+            nearest_kl=nearest([float(part.double().mean()) for part in found["reverse_kl"].split(lengths) if len(part)]),
             entropy=(mean["student_entropy"], mean["teacher_entropy"]),
             likelihood=(mean["student_likelihood"], mean["teacher_likelihood"]),
             headroom=float((found["moved"] >= MOVED).double().mean()),
@@ -338,20 +340,6 @@ class Examination:
         """Parameters of both networks."""
         own = [leaf.own_model() for leaf in self.module.teacher.leaves().values()]
         return _count(self.network), sum(_count(m) for m in own if m is not None)
-
-
-def nearest(divergence: Tensor, lengths: Sequence[int]) -> float:
-    """The tenth part of completions with the smallest means, and the largest mean among them.
-
-    Args:
-        divergence: (N,) of every token, completion by completion.
-        lengths: tokens of each completion; empty ones are left out.
-
-    >>> nearest(torch.tensor([3.0, 1.0, 0.5, 4.0]), [2, 1, 1])
-    0.5
-    """
-    means = sorted(float(part.double().mean()) for part in divergence.split(list(lengths)) if len(part))
-    return means[max(-(-len(means) // 10), 1) - 1]
 
 
 def tiles(laws: Sequence[TokenLaws]) -> Iterator[tuple[Any, ...]]:

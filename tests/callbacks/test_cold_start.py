@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from opd_lightning.sources import GradedTeacher
 from tests.helpers import same, tiny_data, tiny_module, tiny_trainer, weights
 
 STEPS = 8
-LOOSE = {"mass": (0.0, 0.0), "ends": (0.0, 0.0), "truncated": (1.0, 1.0)}
+LOOSE = {"mass": (0.0, 0.0), "ends": (0.0, 0.0), "truncated": (1.0, 1.0), "near": 0.0}
 
 
 def build(root: Path, pair: tuple[Path, Path], until: Readiness | None, steps: int = STEPS) -> tuple[Any, Any, Any, ColdStart]:
@@ -80,9 +81,17 @@ def test_a_student_that_is_near_skips_it(pair: tuple[Path, Path], curve: list[fl
 
 def test_hysteresis() -> None:
     until = Readiness()
-    between = Standing(0.9, 0.9, 0.3, 0.3)
+    between = Standing(0.9, 0.9, 0.3, 0.3, nearest_kl=2.0)
     assert until.lacking(between, entering=True) == []
     assert len(until.lacking(between, entering=False)) == 4
+    far = Standing(0.7, 1.3, 0.05, 0.6, nearest_kl=1.3)
+    assert [text.partition(" ")[0] for text in until.lacking(far, entering=True)] == ["overlap", "the", "reverse", "share"]
+    some_near = until.lacking(replace(far, nearest_kl=1.25), entering=True)
+    assert [text.partition(" ")[0] for text in some_near] == ["the", "share"]  # ends and lengths are judged in any case
+    assert len(until.lacking(replace(far, nearest_kl=0.0), entering=False)) == 4
+    assert len(Readiness(near=0.0).lacking(replace(far, nearest_kl=0.0), entering=True)) == 4
+    with pytest.raises(ValueError, match="a share of the completions"):
+        Readiness(near=2.0)
     with pytest.raises(ValueError, match="must be the larger one"):
         Readiness(mass=(0.9, 0.8))
     with pytest.raises(ValueError, match="must be the smaller one"):

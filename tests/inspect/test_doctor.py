@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from opd_lightning.bars import only_the_outer
+from opd_lightning.callbacks.readiness import nearest
 from opd_lightning.cli import main, read
 from opd_lightning.inspect import doctor
-from opd_lightning.inspect.examination import Examination, Figures, Voice, nearest
+from opd_lightning.inspect.examination import Examination, Figures, Voice
 from opd_lightning.inspect.verdict import COLD_START, GO, PROMPTS, REFUSE, Thresholds, judge
 from opd_lightning.models.distributions import evaluating
 from opd_lightning.models.tiny import save_tiny
@@ -56,7 +57,8 @@ def test_figures_are_those_of_the_laws(examined: Examination) -> None:
     assert float(found["overlap"].double().mean()) == pytest.approx(sum(map(len, shared)) / 4 / len(shared), abs=5e-3)
     lengths = [len(c.ids) for c in examined.written]
     means = torch.stack([part.mean() for part in expected["reverse_kl"].split(lengths)])
-    assert nearest(found["reverse_kl"], lengths) == pytest.approx(float(means.min()), abs=1e-3)  # of 8 texts, the first
+    own = [float(part.mean()) for part in found["reverse_kl"].split(lengths)]
+    assert nearest(own) == pytest.approx(float(means.min()), abs=1e-3)  # of 8 texts, the first
     assert int(found["closing"].sum()) == sum(c.ended for c in examined.written)
     assert found["position"].max() == max(len(c.ids) for c in examined.written) - 1
 

@@ -40,7 +40,7 @@ def run(
         objective = Objective(ReverseKL(), SampledToken(), correction=TruncatedRatio())
         sampler = VLLMSampler(python=where, options=OPTIONS, max_new_tokens=8)
     elif kind == "until":
-        loose: Any = {"mass": (0.0, 0.0), "ends": (0.0, 0.0), "truncated": (1.0, 1.0)}
+        loose: Any = {"mass": (0.0, 0.0), "ends": (0.0, 0.0), "truncated": (1.0, 1.0), "near": 0.0}
         until = Readiness(**loose, reverse_kl=(float(where), float(where)), patience=1, every_n_steps=1, prompts=5, k=4)
         more = [ColdStart(steps=3, until=until, objective=Objective(ForwardKL()), reset_optimizer=True)]
     module = tiny_module(pair, objective, teacher=teacher, lr=2e-2 if kind == "until" else 1e-2)
