@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import logging
 import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Iterable
@@ -261,11 +263,37 @@ def _built(cls: type[CLI], argv: list[str]) -> CLI:
     )
 
 
+PIPE = 141
+"""What a shell reports of a command whose output nobody reads any more: 128 and the number of SIGPIPE."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``opd``. Exit code 0 done, 1 failed while running, 2 refused before, 75 stopped for want of a teacher
-    server (resume it), 143 stopped by a signal.
+    server (resume it), 141 nobody reads its output any more (``opd configs | head -3``), 143 stopped by a signal.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except (BrokenPipeError, SystemExit):  # a help is printed on the way out
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more, without a word
+        return PIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of stdout is closed: another pipe than this may have broken."""
+    ends = select.poll()
+    try:
+        ends.register(sys.stdout.fileno(), 0)
+        sys.stdout.flush()
+    except (io.UnsupportedOperation, BrokenPipeError) as error:  # the first of a stdout that is no file
+        return isinstance(error, BrokenPipeError)
+    return any(event & select.POLLERR for _, event in ends.poll(0))
+
+
+def _main(argv: list[str]) -> int:
     from opd_lightning import commands
 
     CarriedConfig.started = False
@@ -281,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"opd: {away}", file=sys.stderr)
         return away.code
     except (ValueError, OSError, ImportError, TypeError, KeyError, yaml.YAMLError) as error:
-        if CarriedConfig.started or os.environ.get("OPD_TRACEBACK"):
+        if CarriedConfig.started or os.environ.get("OPD_TRACEBACK") or isinstance(error, BrokenPipeError):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"opd: {type(error).__name__}: {text}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import sys
 import textwrap
@@ -16,7 +17,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd_lightning import configfiles
+from opd_lightning import commands, configfiles
 from opd_lightning.cli import main
 from opd_lightning.module import OPDModule
 
@@ -344,6 +345,28 @@ def test_lists_and_reports(small: str, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["report", "run"]) == 0
     assert Path("run/report.html").is_file()
     assert main(["report", "elsewhere"]) == 2
+
+
+@pytest.mark.parametrize("words", [["configs"], ["configs", "--help"], ["fit", "--help"]], ids=" ".join)
+def test_a_reader_who_leaves_is_no_error(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``opd configs | head -3``: nothing on stderr, and the status of a command that SIGPIPE ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(words) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: object) -> int:
+        raise BrokenPipeError("a server went away")
+
+    monkeypatch.setitem(commands.OWN_PARSER, "configs", breaks)
+    with pytest.raises(BrokenPipeError, match="a server went away"):
+        main(["configs"])
 
 
 @pytest.mark.parametrize(
