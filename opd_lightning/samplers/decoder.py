@@ -67,8 +67,8 @@ class Norm:
 class Layer:
     """The weights of one decoder layer, with those that read the same input joined."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.qkv, self.out, self.gate_up, self.down = (Linear(dtype) for _ in range(4))
+    def __init__(self, dtype: torch.dtype, packs: bool) -> None:
+        self.qkv, self.out, self.gate_up, self.down = (Linear(dtype, packs) for _ in range(4))
 
     def load(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -87,12 +87,13 @@ class Weights:
     Args:
         base: a Hugging Face causal language model.
         dtype: of the projections and the cache; the residual stream has the embedding's.
+        packs: whether the projections may be reordered for PyTorch.
     """
 
-    def __init__(self, base: Any, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.layers = [Layer(dtype) for _ in base.model.layers]
-        self.head = Linear(dtype)
+    def __init__(self, base: Any, dtype: torch.dtype, packs: bool = True) -> None:
+        self.dtype, self.packs = dtype, packs
+        self.layers = [Layer(dtype, packs) for _ in base.model.layers]
+        self.head = Linear(dtype, packs)
 
     @torch.inference_mode(False)  # a caller's inference mode would leave tensors that the next refresh may not write to
     @torch.no_grad()
@@ -119,6 +120,8 @@ class Decoder:
     """
 
     refills = True
+    packs = True
+    """Whether it wants its weights reordered."""
 
     def __init__(self, base: Any, weights: Weights, rows: int, prompt: int, length: int) -> None:
         self.weights, self.device = weights, weights.embedding.device

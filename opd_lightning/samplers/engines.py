@@ -17,6 +17,7 @@ from opd_lightning.media import Media
 from opd_lightning.models.lora import adapters_at_work, base_of
 from opd_lightning.models.processors import looks
 from opd_lightning.models.vocabulary import Vocabulary
+from opd_lightning.samplers.compiled import CompiledDecoder, computes
 from opd_lightning.samplers.decoder import Decoder, TooLong, UnknownArchitecture, Weights, expect_known
 from opd_lightning.samplers.looking import LookingEngine
 
@@ -84,18 +85,19 @@ class TransformersEngine:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a proof holds for: the precision, the device and the adapters at work."""
+    """What a proof holds for: the precision, the device, the adapters at work, and the engine that is asked for."""
 
     dtype: torch.dtype
     device: torch.device
     adapters: frozenset[tuple[object, ...]]
+    kind: str
 
     @classmethod
-    def of(cls, base: nn.Module) -> Setting:
+    def of(cls, base: nn.Module, kind: str) -> Setting:
         first = next(base.parameters())
         mixed = torch.is_autocast_enabled(first.device.type) and first.dtype != torch.float64
         dtype = torch.get_autocast_dtype(first.device.type) if mixed else first.dtype
-        return cls(dtype, first.device, adapters_at_work(base))
+        return cls(dtype, first.device, adapters_at_work(base), kind)
 
 
 @dataclass
@@ -119,7 +121,7 @@ def engine_for(
 
     Args:
         model: the writer, in eval mode, with whole weights.
-        kind: ``auto``, or ``transformers`` for the model's own forward pass.
+        kind: ``auto``; ``torch`` for no compiled functions; ``transformers`` for the model's own forward pass.
         vocabulary: how many ids carry a token, and one that pads.
         prompts: what will be written behind.
         rows: most rows at a time.
@@ -129,17 +131,19 @@ def engine_for(
     if kind == "transformers":
         return _by_transformers(base, vocabulary)
     longest = max(map(len, prompts))
-    memory, setting = _MEMORY.setdefault(base, Memory()), Setting.of(base)
+    memory, setting = _MEMORY.setdefault(base, Memory()), Setting.of(base, kind)
     kept, memory.weights = memory.weights, None
     try:
         if memory.verdicts.get(setting):
             raise UnknownArchitecture(memory.verdicts[setting])
         expect_known(base, longest + new)
-        fits = kept is not None and (kept.dtype, kept.embedding.device) == (setting.dtype, setting.device)
-        weights = kept if kept is not None and fits else Weights(base, setting.dtype)
+        decoder = CompiledDecoder if kind == "auto" and computes(base, setting.dtype) else Decoder
+        wanted = setting.dtype, setting.device, decoder.packs
+        fits = kept is not None and (kept.dtype, kept.embedding.device, kept.packs) == wanted
+        weights = kept if kept is not None and fits else Weights(base, setting.dtype, decoder.packs)
         weights.load(base, vocabulary.size)
         if setting not in memory.verdicts:
-            prove(base, weights, vocabulary.size)
+            prove(base, decoder, weights, vocabulary.size)
             memory.verdicts[setting] = ""
     except UnknownArchitecture as difference:
         passing = isinstance(difference, TooLong)
@@ -152,21 +156,21 @@ def engine_for(
     # a CPU hands out fresh memory page by page, which takes longer than filling it; a sharded model must not leave a whole copy
     if setting.device.type == "cpu" and not parallel.is_cut(base):
         memory.weights = weights
-    return Decoder(base, weights, rows, longest, longest + new)
+    return decoder(base, weights, rows, longest, longest + new)
 
 
 def _by_transformers(base: Any, vocabulary: Vocabulary) -> Engine:
     return LookingEngine(base, vocabulary) if looks(base.config) else TransformersEngine(base, vocabulary.pad_id)
 
 
-def prove(base: Any, weights: Weights, vocab: int) -> None:
-    """The decoder must give the model's own logits: rows of unequal length, prompts read ahead, then a few tokens one by one.
+def prove(base: Any, kind: type[Decoder], weights: Weights, vocab: int) -> None:
+    """A decoder must give the model's own logits: rows of unequal length, prompts read ahead, then a few tokens one by one.
 
     Raises:
         UnknownArchitecture: with the deviation, if it is larger than rounding explains.
     """
     rows = [[(7 * i + 3) % vocab for i in range(9)], [(11 * i + 1) % vocab for i in range(6)]]
-    decoder = Decoder(base, weights, len(rows), 9, 9)
+    decoder = kind(base, weights, len(rows), 9, 9)
     decoder.admit([tuple(row[:-3]) for row in rows])
     steps = [torch.tensor([row[t] for row in rows], device=decoder.device) for t in range(-4, -1)]
     found = torch.stack([decoder.step(ids) for ids in steps], 1).double()

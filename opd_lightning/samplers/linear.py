@@ -30,10 +30,11 @@ class Linear:
 
     Args:
         dtype: of the products.
+        packs: whether weights may be reordered; False keeps them as they lie, in ``plain``.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, packs: bool = True) -> None:
+        self.dtype, self.packs = dtype, packs
         self.plain: Tensor | None = None
         self.bias: Tensor | None = None
         self.packed: list[tuple[Tensor, Tensor | None]] = []
@@ -63,7 +64,7 @@ class Linear:
 
     def _joined(self, weights: list[Tensor]) -> Tensor:
         if len(weights) == 1:
-            return weights[0].to(self.dtype)
+            return weights[0].to(self.dtype).contiguous()
         if self.plain is None:
             return torch.cat(weights).to(self.dtype)
         start = 0
@@ -73,7 +74,7 @@ class Linear:
         return self.plain
 
     def _packs(self, weights: list[Tensor]) -> bool:
-        if weights[0].device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        if not self.packs or weights[0].device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return False
         if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
             return False
@@ -83,8 +84,11 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self._product(x if x.dtype == self.dtype else x.to(self.dtype))
-        if self.adapter is None:
-            return out
+        return out if self.adapter is None else self.adapted(x, out)
+
+    def adapted(self, x: Tensor, out: Tensor) -> Tensor:
+        """Outputs with what the adapter adds."""
+        assert self.adapter is not None
         down, up = self.adapter
         return torch.addmm(out.to(down.dtype), x.to(down.dtype) @ down.T, up.T).to(self.dtype)
 

@@ -1,0 +1,257 @@
+/* Decoding steps in bfloat16 on x86-64: few rows meet many weights, so what counts is that weights are read once, in order, by
+ * all cores, and that nothing else is done between them. Built by compiled.py with the machine's C compiler, when it is needed.
+ *
+ * Rounding follows transformers: every product of a layer, every norm and every sum of the residual stream is rounded to
+ * bfloat16; sums are taken in float32. Each row is computed by itself, whatever other rows there are, in one order of summation.
+ */
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+/* ---- numbers ------------------------------------------------------------------------------------------------------------ */
+
+static inline float wide(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline __m512 wide16(const bf16 *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+
+static inline __m512i load(const bf16 *x) { return _mm512_loadu_si512(x); }
+
+static inline __m256i narrow16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+static inline __m512 rounded(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(x)), 16));
+}
+
+/* e^x by 2^n and a polynomial: relative error below 3e-7. What is not a number stays so. */
+static inline __m512 exp16(__m512 x) {
+    const __m512 least = _mm512_set1_ps(-87.0f), most = _mm512_set1_ps(88.0f);
+    __m512 held = _mm512_min_ps(most, _mm512_max_ps(least, x)); /* of two operands, NaN in the second is kept */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(held, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), held);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* What a root-mean-square norm multiplies its input with. */
+static inline float scale_of(const bf16 *x, long width, float eps) {
+    __m512 sum = _mm512_setzero_ps();
+    for (long i = 0; i < width; i += 16) {
+        __m512 v = wide16(x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    return 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / (float)width + eps);
+}
+
+static inline __m512 normed(const bf16 *x, const bf16 *weight, float scale) {
+    return rounded(_mm512_mul_ps(wide16(weight), rounded(_mm512_mul_ps(wide16(x), _mm512_set1_ps(scale)))));
+}
+
+/* ---- what becomes of 16 outputs of one row ------------------------------------------------------------------------------ */
+
+enum { STORE, ADD, GATE };
+
+static inline void finish(__m512 sum, __m512 up, const bf16 *bias, const bf16 *up_bias, bf16 *y, int mode) {
+    if (bias) sum = _mm512_add_ps(sum, wide16(bias));
+    sum = rounded(sum);
+    if (mode == ADD) sum = _mm512_add_ps(wide16(y), sum);
+    if (mode == GATE) {
+        if (up_bias) up = _mm512_add_ps(up, wide16(up_bias));
+        __m512 one = _mm512_set1_ps(1.0f);
+        __m512 swish = _mm512_div_ps(sum, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), sum))));
+        sum = _mm512_mul_ps(rounded(swish), rounded(up));
+    }
+    _mm256_storeu_si256((__m256i *)y, narrow16(sum));
+}
+
+/* ---- linear layers -------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} Tiles;
+
+static void set_tiles(void) {
+    Tiles tiles;
+    memset(&tiles, 0, sizeof tiles);
+    tiles.palette = 1;
+    for (int i = 0; i < 8; i++) tiles.bytes[i] = 64, tiles.rows[i] = 16;
+    _tile_loadconfig(&tiles);
+}
+
+/* Sixteen rows of a weight times one to four groups of sixteen rows of x: (groups, 16 of the weight, 16 of x) float32. */
+static void block(const bf16 *weight, const bf16 *packed, long width, int groups, float *sums) {
+    long group = width * 16;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < width; k += 32, packed += 512) {
+        _tile_loadd(6, weight + k, width * 2);
+        _tile_loadd(7, packed, 64);
+        _tile_dpbf16ps(0, 6, 7);
+        if (groups > 1) {
+            _tile_loadd(7, packed + group, 64);
+            _tile_dpbf16ps(1, 6, 7);
+        }
+        if (groups > 2) {
+            _tile_loadd(7, packed + 2 * group, 64);
+            _tile_dpbf16ps(2, 6, 7);
+        }
+        if (groups > 3) {
+            _tile_loadd(7, packed + 3 * group, 64);
+            _tile_dpbf16ps(3, 6, 7);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    if (groups > 1) _tile_stored(1, sums + 256, 64);
+    if (groups > 2) _tile_stored(2, sums + 512, 64);
+    if (groups > 3) _tile_stored(3, sums + 768, 64);
+}
+
+/* Numbers k to k + 32 of up to sixteen rows of x as one tile: pairs of numbers, the rows beside each other. */
+static void pack(const bf16 *x, const bf16 *norm, const float *scales, long width, long k, long rows, bf16 *tile) {
+    const __m512i down = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+    for (long r = 0; r < rows; r++, x += width) {
+        __m512i pairs = load(x + k);
+        if (norm) {
+            __m512i low = _mm512_castsi256_si512(narrow16(normed(x + k, norm + k, scales[r])));
+            pairs = _mm512_inserti64x4(low, narrow16(normed(x + k + 16, norm + k + 16, scales[r])), 1);
+        }
+        _mm512_i32scatter_epi32((uint32_t *)tile + r, down, pairs, 4);
+    }
+}
+
+/* ---- the two calls ------------------------------------------------------------------------------------------------------ */
+
+/* y = x W' + b of (rows, width), W (out, width); norm: x is normalised first; STORE, ADD to y, or GATE: W holds 2 out rows and
+ * y = silu(first half) * second half. width is a multiple of 32, out at least 16, and of 16 unless STORE; room holds
+ * (width + 2) numbers for each of the rows, whose count is rounded up to 16. */
+void opd_linear(const bf16 *x, long rows, long width, const bf16 *norm, float eps, const bf16 *weight, const bf16 *bias,
+                long out, bf16 *y, int mode, bf16 *room, int threads) {
+    const __m512i column = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+    long groups = (rows + 15) / 16, at_once = 4 * 16, halves = mode == GATE ? 2 : 1;
+    float *scales = (float *)(room + groups * 16 * width);
+#pragma omp parallel num_threads(threads)
+    {
+        float sums[2][1024]; /* of the weight's first half and second half */
+        set_tiles();
+        if (norm) {
+#pragma omp for schedule(static)
+            for (long r = 0; r < rows; r++) scales[r] = scale_of(x + r * width, width, eps);
+        }
+#pragma omp for schedule(static) /* by columns: the rows of one tile lie in the same lines of the cache */
+        for (long i = 0; i < width / 32 * groups; i++) {
+            long k = i / groups * 32, g = i % groups * 16;
+            pack(x + g * width, norm, scales + g, width, k, rows - g < 16 ? rows - g : 16, room + g * width + k * 16);
+        }
+#pragma omp for schedule(static)
+        for (long i = 0; i < (out + 15) / 16; i++) {
+            long o = i * 16 > out - 16 ? out - 16 : i * 16; /* the last block may repeat some of the one before */
+            for (long first = 0; first < rows; first += at_once) {
+                long some = rows - first < at_once ? rows - first : at_once;
+                for (long half = 0; half < halves; half++)
+                    block(weight + (o + half * out) * width, room + first * width, width, (int)((some + 15) / 16), sums[half]);
+                for (long r = 0; r < some; r++) {
+                    long at = r / 16 * 256 + r % 16;
+                    __m512 sum = _mm512_i32gather_ps(column, sums[0] + at, 4);
+                    __m512 up = mode == GATE ? _mm512_i32gather_ps(column, sums[1] + at, 4) : sum;
+                    finish(sum, up, bias ? bias + o : 0, bias ? bias + out + o : 0, y + (first + r) * out + o, mode);
+                }
+            }
+        }
+        _tile_release();
+    }
+}
+
+/* Rotate a head of `size` numbers; `sin` carries the sign of the first half. */
+static void turn(const bf16 *x, const bf16 *norm, float eps, const bf16 *cos, const bf16 *sin, long size, bf16 *y) {
+    float scale = norm ? scale_of(x, size, eps) : 0.0f;
+    for (long i = 0; i < size; i += 16) {
+        long other = i < size / 2 ? i + size / 2 : i - size / 2;
+        __m512 a = norm ? normed(x + i, norm + i, scale) : wide16(x + i);
+        __m512 b = norm ? normed(x + other, norm + other, scale) : wide16(x + other);
+        __m512 turned = rounded(_mm512_mul_ps(a, wide16(cos + i)));
+        turned = _mm512_add_ps(turned, rounded(_mm512_mul_ps(b, wide16(sin + i))));
+        _mm256_storeu_si256((__m256i *)(y + i), narrow16(turned));
+    }
+}
+
+/* One query head against the keys and values of `count` places: y = softmax(scale q k') v, of `size` numbers. */
+static inline __attribute__((always_inline)) void read_head(const bf16 *q, const bf16 *keys, const bf16 *values, long count,
+                                                            const long size, float scale, float *p, bf16 *y) {
+    __m512 most = _mm512_set1_ps(-3.4e38f), total = _mm512_setzero_ps(), times = _mm512_set1_ps(scale), read[16];
+    for (long t = 0; t < count; t++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (long i = 0; i < size; i += 32)
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)load(q + i), (__m512bh)load(keys + t * size + i));
+        p[t] = _mm512_reduce_add_ps(sum);
+    }
+    for (long t = count; t % 16; t++) p[t] = -3.4e38f;
+    for (long t = 0; t < count; t += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(p + t));
+    __m512 peak = _mm512_mul_ps(times, _mm512_set1_ps(_mm512_reduce_max_ps(most)));
+    for (long t = 0; t < count; t += 16) {
+        __mmask16 here = count - t < 16 ? (__mmask16)((1u << (count - t)) - 1) : (__mmask16)-1;
+        __m512 e = _mm512_maskz_mov_ps(here, exp16(_mm512_fmsub_ps(_mm512_loadu_ps(p + t), times, peak)));
+        _mm512_storeu_ps(p + t, e);
+        total = _mm512_add_ps(total, e);
+    }
+    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+    for (long i = 0; i < size / 16; i++) read[i] = _mm512_setzero_ps();
+    for (long t = 0; t < count; t++) {
+        __m512 weight = _mm512_set1_ps(p[t]);
+        for (long i = 0; i < size / 16; i++) read[i] = _mm512_fmadd_ps(weight, wide16(values + t * size + i * 16), read[i]);
+    }
+    for (long i = 0; i < size / 16; i++) _mm256_storeu_si256((__m256i *)(y + i * 16), narrow16(_mm512_mul_ps(read[i], share)));
+}
+
+/* Write this step's keys and values into the cache, then attend.
+ * heads (rows, queries + 2 keys, size) as the projections gave them; cos, sin (rows, size); cache (rows, 2 keys, room, size);
+ * places (rows,) of the new token; y (rows, queries, size). size is a multiple of 32, up to 256. */
+void opd_attend(const bf16 *heads, long rows, long queries, long keys, long size, const bf16 *cos, const bf16 *sin,
+                const bf16 *query_norm, const bf16 *key_norm, float eps, bf16 *cache, long room, const int64_t *places,
+                float scale, bf16 *y, int threads) {
+    long of_row = (queries + 2 * keys) * size, shared = queries / keys;
+#pragma omp parallel num_threads(threads)
+    {
+        float *p = malloc((size_t)(room + 16) * sizeof *p);
+        bf16 *q = malloc((size_t)size * sizeof *q);
+#pragma omp for schedule(static)
+        for (long n = 0; n < rows * keys; n++) {
+            long row = n / keys, key = n % keys, at = places[row];
+            const bf16 *x = heads + row * of_row, *c = cos + row * size, *s = sin + row * size;
+            bf16 *k = cache + (row * 2 * keys + key) * room * size, *v = k + keys * room * size;
+            turn(x + (queries + key) * size, key_norm, eps, c, s, size, k + at * size);
+            memcpy(v + at * size, x + (queries + keys + key) * size, (size_t)size * sizeof *v);
+            for (long h = key * shared; h < (key + 1) * shared; h++) {
+                turn(x + h * size, query_norm, eps, c, s, size, q);
+                bf16 *to = y + (row * queries + h) * size;
+                if (size == 64) /* known sizes stay in registers */
+                    read_head(q, k, v, at + 1, 64, scale, p, to);
+                else if (size == 128)
+                    read_head(q, k, v, at + 1, 128, scale, p, to);
+                else
+                    read_head(q, k, v, at + 1, size, scale, p, to);
+            }
+        }
+        free(p);
+        free(q);
+    }
+}

@@ -1,0 +1,163 @@
+"""The C functions compute what the decoder in PyTorch computes in bfloat16, as near to float64 as that one comes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from opd_lightning.models import LoRA, Student, Vocabulary
+from opd_lightning.models.lora import add_lora, base_of
+from opd_lightning.samplers import NativeSampler, compiled
+from opd_lightning.samplers.compiled import CompiledDecoder, computes, library
+from opd_lightning.samplers.decoder import GROWTH, Decoder, Weights
+from opd_lightning.samplers.engines import engine_for
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 77,  # no multiple of sixteen
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # in registers are 64 and 128
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "biased": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+}
+builds = pytest.mark.skipif(not compiled.supported() or library() is None, reason="no processor or no compiler for it")
+
+
+def made(name: str, adapter: bool = False) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = MODELS[name]()
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.data += 0.3 * torch.randn(p.shape)
+        if adapter:
+            model = add_lora(model, LoRA(r=4), 0)
+            for key, p in model.named_parameters():
+                if "lora_B" in key:
+                    p.data.normal_(0.0, 0.05)
+    return model.eval().to(torch.bfloat16)
+
+
+def written(decoder: Any, rows: int) -> torch.Tensor:
+    """(rows, steps, V) logits along fixed texts; rows of unequal length, one of which goes and one joins."""
+    draw = torch.Generator().manual_seed(1)
+    texts = torch.randint(3, 77, (rows, 24), generator=draw).tolist()
+    starts = [1 + 3 * (r % 4) for r in range(rows)]
+    decoder.admit([tuple(text[:n]) for text, n in zip(texts, starts, strict=True)])
+    order, found = list(range(rows)), torch.zeros(rows + 1, 10, 77, dtype=torch.float64)
+    texts.append(texts[0])
+    starts.append(5)
+    done = [0] * (rows + 1)
+    for step in range(10):
+        if step == 4:
+            order = [order[-1], *order[1:-1]] if rows > 1 else order
+            decoder.keep(torch.tensor([rows - 1, *range(1, rows - 1)] if rows > 1 else [0]))
+            decoder.admit([tuple(texts[rows][: starts[rows]])])
+            order.append(rows)
+        logits = decoder.step(torch.tensor([texts[r][starts[r] + done[r] - 1] for r in order])).double()
+        for i, r in enumerate(order):
+            found[r, done[r]] = logits[i]
+            done[r] += 1
+    return found
+
+
+def decoders(model: Any, kind: type[Decoder], rows: int) -> Any:
+    weights = Weights(base_of(model), next(model.parameters()).dtype, kind.packs)
+    weights.load(base_of(model), 77)
+    return kind(base_of(model), weights, rows + 1, 24, 48)
+
+
+@builds
+@pytest.mark.parametrize(
+    ("name", "rows", "adapter"),
+    [*[(name, 5, False) for name in MODELS], ("llama", 1, False), ("qwen3", 70, False), ("biased", 20, True)],
+)
+def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapter: bool) -> None:
+    """Groups of sixteen rows, full and not, and more than four; biases, head norms, adapters; rows that come and go."""
+    model = made(name, adapter)
+    assert computes(base_of(model), torch.bfloat16)
+    exact = written(decoders(copy.deepcopy(model).double(), Decoder, rows), rows)
+    by_torch = written(decoders(model, Decoder, rows), rows)
+    ours = written(decoders(model, CompiledDecoder, rows), rows)
+    assert (by_torch - exact).square().mean() > 0
+    error, theirs = ((x - exact).square().mean().sqrt() for x in (ours, by_torch))
+    assert error <= 1.15 * theirs
+    assert (ours - exact).abs().max() <= 1.5 * (by_torch - exact).abs().max()
+
+
+@pytest.fixture(scope="module")
+def vocabulary(pair: tuple[Path, Path]) -> Vocabulary:
+    return replace(Vocabulary.of(Student(str(pair[0])).tokenizer()), size=77, eos_ids=(2,))
+
+
+@builds
+def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
+    """To the bit, behind prompts of one token (others are read by PyTorch), beyond the first cache."""
+    model, prompts = made("qwen2"), [(3 + i,) for i in range(20)]
+    assert isinstance(engine_for(model, "auto", vocabulary, prompts, 4, 4), CompiledDecoder)
+    assert type(engine_for(model, "torch", vocabulary, prompts, 4, 4)) is Decoder
+    once, again = (
+        NativeSampler(batch_size=size, max_new_tokens=GROWTH + 10).write(model, prompts, list(range(20)), vocabulary, 0)
+        for size in (20, 3)
+    )
+    assert once == again
+    assert len({c.ids for c in once}) > 10
+
+
+@builds
+def test_weights_that_are_not_numbers_are_told(vocabulary: Vocabulary) -> None:
+    model = made("llama")
+    sampler = NativeSampler(max_new_tokens=4)
+    sampler.write(model, [(3, 4)], [0], vocabulary, 0)  # the decoder is proven before
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        sampler.write(model, [(3, 4)], [0], vocabulary, 0)
+
+
+@pytest.mark.skipif(not compiled.supported(), reason="no processor for it")
+def test_without_a_compiler_the_decoder_in_pytorch_writes(
+    vocabulary: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiler that fails is told once; none at all is no news."""
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path))
+    for compiler, told in (("no-compiler-of-this-name", ""), (str(broken), "no such option")):
+        monkeypatch.setenv("CC", compiler)
+        library.cache_clear()
+        try:
+            with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+                assert type(engine_for(made("llama"), "auto", vocabulary, [(3,)], 4, 4)) is Decoder
+            assert ("could not be built" in caplog.text) == bool(told) and told in caplog.text
+        finally:
+            library.cache_clear()
+    assert not list((tmp_path / "compiled").iterdir())
