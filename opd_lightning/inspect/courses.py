@@ -72,7 +72,7 @@ def _draw(file: Path, found: dict[tuple[str, int], Course]) -> None:
     """A row of panels for every measurement, a column for tokens and one for seconds."""
     from matplotlib import pyplot as plt
 
-    from opd_lightning.inspect.figures import STYLE
+    from opd_lightning.inspect.figures import STYLE, label_log_axis
 
     measured = [key for key in MEASURED if any(key in row for rows in found.values() for row in rows)]
     methods = list(dict.fromkeys(method for method, _ in found))
@@ -87,17 +87,12 @@ def _draw(file: Path, found: dict[tuple[str, int], Course]) -> None:
                 panel.set_xlabel(AGAINST[against])
                 if key == "reverse_kl":
                     panel.set_yscale("log")
-                    panel.yaxis.set_major_formatter(_plain)
-                    panel.yaxis.set_minor_formatter(_plain)
+                    label_log_axis(panel.yaxis, *panel.get_ylim())
             line[0].set_ylabel(MEASURED[key])
         axes[0][0].legend(frameon=False)
         figure.suptitle("thick: mean over seeds; thin: one seed", x=0.01, ha="left", fontsize=9, color="0.35")
         figure.savefig(file, dpi=160)
         plt.close(figure)
-
-
-def _plain(value: float, _: int) -> str:
-    return f"{value:g}"
 
 
 def _lines(panel: Any, seeds: Sequence[Course], against: str, key: str, method: str, number: int) -> None:

@@ -226,7 +226,10 @@ def _panel(axes: Any, metric: str, rows: list[Standing], compared: list[Standing
             text, (1.0, place), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center"
         )
     if metric == "reverse_kl":
-        _log_axis(axes)
+        from opd_lightning.inspect.figures import label_log_axis
+
+        axes.set_xscale("log")
+        label_log_axis(axes.xaxis, *axes.get_xlim())
     for row in compared:
         level = row.mean(metric)
         if level is not None and (metric == "accuracy" or level > 0.0):  # the teacher's reverse KL is 0
@@ -237,15 +240,3 @@ def _panel(axes: Any, metric: str, rows: list[Standing], compared: list[Standing
             )  # fmt: skip
     axes.set_xlabel({"accuracy": "held-out accuracy (%)", "reverse_kl": "held-out reverse KL (nats/token, log scale)"}[metric])
     axes.tick_params(axis="y", length=0)
-
-
-def _log_axis(axes: Any) -> None:
-    """Logarithmic, with plain numbers and enough of them: a range below one decade would else have one label or none."""
-    from matplotlib import ticker
-
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    labelled = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 10 * low else (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=labelled))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
