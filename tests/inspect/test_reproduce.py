@@ -56,7 +56,11 @@ arms:
     teacher: {{class_path: GrammarTeacher, init_args: {{patterns: {{A: 1.0}}}}}}
     cold_start: 2
     longest: {longest}
-  begun: {{<<: *short, run: Started, until: {{class_path: Readiness, init_args: {{near: 0.0, every_n_steps: 1, prompts: 4}}}}, most: 3}}
+  begun:
+    <<: *short
+    run: Started
+    until: {{class_path: Readiness, init_args: {{near: 0.0, every_n_steps: 1, prompts: 4}}}}
+    most: 3
   judged:
     <<: *short
     run: Pair
