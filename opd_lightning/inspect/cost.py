@@ -27,11 +27,12 @@ from opd_lightning.models.lora import add_lora
 from opd_lightning.models.students import Student, prune_layers
 from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, FunctionTeacher, LiveTeacher, ServerTeacher
 from opd_lightning.ops.fused import tokens_at_once
+from opd_lightning.samplers.compiled import library
 
 PHASES = ("rollout", "student forward", "teacher forward", "heads and loss", "backward", "optimizer")
 SAMPLE = 64
 """Prompts whose lengths are read."""
-OVERHEAD = {"rollout": 2.0, "heads and loss": 1.6}
+OVERHEAD = {"rollout": 2.0, "compiled rollout": 1.1, "heads and loss": 1.6}
 """How far above the bound a phase runs; measured once on a CPU pair of 135 and 81 million parameters. Other phases: 1.6."""
 LAYER_SECONDS = 1.2e-4
 """What launching the operations of one decoder layer takes at least, whatever their size."""
@@ -152,6 +153,7 @@ class Load:
     decoded_together: int
     every_n_steps: int
     passes: int
+    compiled: bool = False  # whether the sampler's C functions write
 
 
 def load_of(setup: Setup) -> Load:
@@ -167,6 +169,7 @@ def load_of(setup: Setup) -> Load:
         decoded_together=min(sampler.batch_size, data.batch_size * setup.rollout.every_n_steps),
         every_n_steps=setup.rollout.every_n_steps,
         passes=setup.rollout.passes,
+        compiled=getattr(sampler, "engine", "") == "auto" and setup.module.recipe.dtype == "bfloat16" and library() is not None,
     )
 
 
@@ -205,7 +208,8 @@ def forecast(student: Shape, teachers: Sequence[Shape], load: Load, machine: Mac
         took = 2 * teacher.body * tokens / of_teacher + teacher.layers * LAYER_SECONDS
         found["teacher forward"] = found.get("teacher forward", 0.0) + took
         found["heads and loss"] += 2 * teacher.head * written / of_teacher
-    return {name: found[name] * OVERHEAD.get(name, 1.6) for name in PHASES if name in found}
+    above = {**OVERHEAD, "rollout": OVERHEAD["compiled rollout" if load.compiled else "rollout"]}
+    return {name: found[name] * above.get(name, 1.6) for name in PHASES if name in found}
 
 
 def memory(student: Shape, teachers: Sequence[Shape], load: Load, machine: Machine, checkpointing: bool) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Decoding steps in bfloat16 by two C functions (`thin.c`), on processors that multiply tiles of it (Xeon since 2023).
 
 With few rows a step is the reading of the weights, and small PyTorch calls take longer than they compute. The functions read
-the weights as they lie and join what lies between two products. They are built once, with the C compiler of the machine; where
-there is none the decoder in PyTorch does the same.
+the weights as they lie and join what lies between two products; under mixed precision the residual stream stays in float32.
+They are built once, with the C compiler of the machine; where there is none the decoder in PyTorch does the same.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from opd_lightning.models.loading import cache_dir
-from opd_lightning.samplers.decoder import Decoder, Norm, Weights
+from opd_lightning.samplers.decoder import HEAD_NORMS, Decoder, Norm, Weights
 from opd_lightning.samplers.linear import Linear
 
 SOURCE = Path(__file__).with_name("thin.c")
@@ -59,8 +60,8 @@ def library() -> ctypes.CDLL | None:
         told = getattr(error, "stderr", None) or str(error)
         rank_zero_info(f"sampler: {SOURCE.name} could not be built, so the decoder in PyTorch writes ({told.strip()[-200:]})")
         return None
-    linear: list[Any] = [POINTER, LONG, LONG, POINTER, FLOAT, POINTER, POINTER, LONG, POINTER, INT, POINTER, INT]
-    attend: list[Any] = [POINTER, *[LONG] * 4, *[POINTER] * 4, FLOAT, POINTER, LONG, POINTER, FLOAT, POINTER, INT]
+    linear: list[Any] = [POINTER, LONG, LONG, POINTER, FLOAT, POINTER, POINTER, LONG, POINTER, INT, INT, POINTER, INT]
+    attend: list[Any] = [POINTER, *[LONG] * 4, *[POINTER] * 4, FLOAT, INT, POINTER, LONG, POINTER, FLOAT, POINTER, INT]
     found.opd_linear.argtypes, found.opd_linear.restype = linear, None
     found.opd_attend.argtypes, found.opd_attend.restype = attend, None
     return found
@@ -76,14 +77,21 @@ def _build(compiler: str, target: Path) -> None:
 
 def computes(base: Any, dtype: torch.dtype) -> bool:
     """Whether a model of a known architecture has the shapes and the precision that the functions take."""
-    config, attention = base.config, base.model.layers[0].self_attn
-    if dtype != torch.bfloat16 or {p.dtype for p in base.parameters() if p.ndim == 1} - {dtype}:
+    config, attention, stream = base.config, base.model.layers[0].self_attn, base.model.embed_tokens.weight
+    if dtype != torch.bfloat16 or stream.dtype not in (dtype, torch.float32) or config.hidden_act not in ("silu", "swish"):
         return False
-    if base.model.embed_tokens.weight.dtype != dtype or config.hidden_act not in ("silu", "swish"):
+    if any(norm.weight.dtype != stream.dtype for norm in _norms(base)):
         return False
     sizes = (config.hidden_size, config.intermediate_size, attention.head_dim)
     fit = all(size % 32 == 0 for size in sizes) and attention.head_dim <= 256
-    return fit and base.model.embed_tokens.weight.is_cpu and library() is not None
+    return fit and stream.is_cpu and library() is not None
+
+
+def _norms(base: Any) -> Iterator[Any]:
+    yield base.model.norm
+    for layer in base.model.layers:
+        yield from (layer.input_layernorm, layer.post_attention_layernorm)
+        yield from (getattr(layer.self_attn, name) for name in HEAD_NORMS if hasattr(layer.self_attn, name))
 
 
 class CompiledDecoder(Decoder):
@@ -98,13 +106,14 @@ class CompiledDecoder(Decoder):
         self.c, self.threads = found, torch.get_num_threads()
         widest = max(base.config.hidden_size, base.config.intermediate_size, self.queries * self.size)
         self.space = torch.empty((rows + 15) // 16 * 16 * (widest + 2), dtype=weights.dtype)
-        self.cos, self.sin = (t.to(weights.dtype).contiguous() for t in (self.cos, self.sin))
+        self.turns = self.cos.float().contiguous(), self.sin.float().contiguous()
+        self.wide = int(weights.embedding.dtype == torch.float32)
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
         self._reserve(max(self.lengths) + 1)
         x = F.embedding(ids, self.weights.embedding)
-        cos, sin = self.cos[self.places], self.sin[self.places]
+        cos, sin = (turn[self.places] for turn in self.turns)
         for layer, cache in zip(self.weights.layers, self.cached, strict=True):
             heads = self._linear(x, layer.qkv, layer.before_attention)
             mixed = self._attend(heads, layer.head_norms, cos, sin, cache)
@@ -125,13 +134,13 @@ class CompiledDecoder(Decoder):
         """(rows, out) of a layer behind its norm; added to ``onto`` if there is one."""
         if layer.adapter is not None:
             if norm is not None:
-                x, norm = norm(x), None
+                x, norm = norm(x).to(self.weights.dtype), None
             if onto is not None:
                 return onto.add_(self._linear(x, layer))
         weight = layer.plain
         assert weight is not None
         width = len(weight) // 2 if mode == GATE else len(weight)
-        y = x.new_empty(len(x), width) if onto is None else onto
+        y = x.new_empty(len(x), width, dtype=self.weights.dtype) if onto is None else onto
         self.c.opd_linear(
             x.data_ptr(),
             *x.shape,
@@ -141,6 +150,7 @@ class CompiledDecoder(Decoder):
             width,
             y.data_ptr(),
             mode if onto is None else ADD,
+            self.wide,
             self.space.data_ptr(),
             self.threads,
         )
@@ -153,7 +163,7 @@ class CompiledDecoder(Decoder):
         self.c.opd_attend(
             heads.data_ptr(),
             *(len(heads), self.queries, self.keys, self.size),
-            *(cos.data_ptr(), sin.data_ptr(), query, key, eps),
+            *(cos.data_ptr(), sin.data_ptr(), query, key, eps, self.wide),
             *(cache.data_ptr(), cache.shape[2], self.places.data_ptr(), self.scale, y.data_ptr(), self.threads),
         )
         return y

@@ -2,7 +2,8 @@
  * all cores, and that nothing else is done between them. Built by compiled.py with the machine's C compiler, when it is needed.
  *
  * Rounding follows transformers: every product of a layer, every norm and every sum of the residual stream is rounded to
- * bfloat16; sums are taken in float32. Each row is computed by itself, whatever other rows there are, in one order of summation.
+ * bfloat16; sums are taken in float32. `wide`: the residual stream and the norms' weights are float32, as under mixed precision.
+ * Each row is computed by itself, whatever other rows there are, in one order of summation.
  */
 #include <immintrin.h>
 #include <stdint.h>
@@ -49,35 +50,49 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+/* Sixteen numbers from place i on. */
+static inline __m512 take(const void *x, long i, int wide) {
+    return wide ? _mm512_loadu_ps((const float *)x + i) : wide16((const bf16 *)x + i);
+}
+
+/* The place of number i. */
+static inline const void *from(const void *x, long i, int wide) { return (const char *)x + i * (wide ? 4 : 2); }
+
 /* What a root-mean-square norm multiplies its input with. */
-static inline float scale_of(const bf16 *x, long width, float eps) {
+static inline float scale_of(const void *x, long width, float eps, int wide) {
     __m512 sum = _mm512_setzero_ps();
     for (long i = 0; i < width; i += 16) {
-        __m512 v = wide16(x + i);
+        __m512 v = take(x, i, wide);
         sum = _mm512_fmadd_ps(v, v, sum);
     }
     return 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / (float)width + eps);
 }
 
-static inline __m512 normed(const bf16 *x, const bf16 *weight, float scale) {
-    return rounded(_mm512_mul_ps(wide16(weight), rounded(_mm512_mul_ps(wide16(x), _mm512_set1_ps(scale)))));
+/* Sixteen normalised numbers; the input and the weight may be wide, each by itself. */
+static inline __m512 normed(const void *x, int wide, const void *weight, int wide_weight, long i, float scale) {
+    __m512 v = _mm512_mul_ps(take(x, i, wide), _mm512_set1_ps(scale));
+    v = _mm512_mul_ps(take(weight, i, wide_weight), wide ? v : rounded(v));
+    return wide_weight ? v : rounded(v);
 }
 
 /* ---- what becomes of 16 outputs of one row ------------------------------------------------------------------------------ */
 
 enum { STORE, ADD, GATE };
 
-static inline void finish(__m512 sum, __m512 up, const bf16 *bias, const bf16 *up_bias, bf16 *y, int mode) {
+static inline void finish(__m512 sum, __m512 up, const bf16 *bias, const bf16 *up_bias, void *y, long i, int mode, int wide) {
     if (bias) sum = _mm512_add_ps(sum, wide16(bias));
     sum = rounded(sum);
-    if (mode == ADD) sum = _mm512_add_ps(wide16(y), sum);
+    if (mode == ADD) sum = _mm512_add_ps(take(y, i, wide), sum);
     if (mode == GATE) {
         if (up_bias) up = _mm512_add_ps(up, wide16(up_bias));
         __m512 one = _mm512_set1_ps(1.0f);
         __m512 swish = _mm512_div_ps(sum, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), sum))));
         sum = _mm512_mul_ps(rounded(swish), rounded(up));
     }
-    _mm256_storeu_si256((__m256i *)y, narrow16(sum));
+    if (mode == ADD && wide)
+        _mm512_storeu_ps((float *)y + i, sum);
+    else
+        _mm256_storeu_si256((__m256i *)((bf16 *)y + i), narrow16(sum));
 }
 
 /* ---- linear layers -------------------------------------------------------------------------------------------------------- */
@@ -126,14 +141,18 @@ static void block(const bf16 *weight, const bf16 *packed, long width, int groups
     if (groups > 3) _tile_stored(3, sums + 768, 64);
 }
 
-/* Numbers k to k + 32 of up to sixteen rows of x as one tile: pairs of numbers, the rows beside each other. */
-static void pack(const bf16 *x, const bf16 *norm, const float *scales, long width, long k, long rows, bf16 *tile) {
+/* Numbers k to k + 32 of up to sixteen rows of x as one tile: pairs of numbers, the rows beside each other. Without a norm
+ * the numbers are bfloat16. */
+static void pack(const void *x, int wide, const void *norm, const float *scales, long width, long k, long rows, bf16 *tile) {
     const __m512i down = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
-    for (long r = 0; r < rows; r++, x += width) {
-        __m512i pairs = load(x + k);
+    for (long r = 0; r < rows; r++) {
+        const void *row = from(x, r * width, norm && wide);
+        __m512i pairs;
         if (norm) {
-            __m512i low = _mm512_castsi256_si512(narrow16(normed(x + k, norm + k, scales[r])));
-            pairs = _mm512_inserti64x4(low, narrow16(normed(x + k + 16, norm + k + 16, scales[r])), 1);
+            __m512i low = _mm512_castsi256_si512(narrow16(normed(row, wide, norm, wide, k, scales[r])));
+            pairs = _mm512_inserti64x4(low, narrow16(normed(row, wide, norm, wide, k + 16, scales[r])), 1);
+        } else {
+            pairs = load((const bf16 *)row + k);
         }
         _mm512_i32scatter_epi32((uint32_t *)tile + r, down, pairs, 4);
     }
@@ -141,11 +160,11 @@ static void pack(const bf16 *x, const bf16 *norm, const float *scales, long widt
 
 /* ---- the two calls ------------------------------------------------------------------------------------------------------ */
 
-/* y = x W' + b of (rows, width), W (out, width); norm: x is normalised first; STORE, ADD to y, or GATE: W holds 2 out rows and
+/* y = x W' + b of (rows, width), W (out, width); norm: x, of the residual stream, is normalised first; STORE, ADD to the stream y, or GATE: W holds 2 out rows and
  * y = silu(first half) * second half. width is a multiple of 32, out at least 16, and of 16 unless STORE; room holds
  * (width + 2) numbers for each of the rows, whose count is rounded up to 16. */
-void opd_linear(const bf16 *x, long rows, long width, const bf16 *norm, float eps, const bf16 *weight, const bf16 *bias,
-                long out, bf16 *y, int mode, bf16 *room, int threads) {
+void opd_linear(const void *x, long rows, long width, const void *norm, float eps, const bf16 *weight, const bf16 *bias,
+                long out, void *y, int mode, int wide, bf16 *room, int threads) {
     const __m512i column = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
     long groups = (rows + 15) / 16, at_once = 4 * 16, halves = mode == GATE ? 2 : 1;
     float *scales = (float *)(room + groups * 16 * width);
@@ -155,12 +174,13 @@ void opd_linear(const bf16 *x, long rows, long width, const bf16 *norm, float ep
         set_tiles();
         if (norm) {
 #pragma omp for schedule(static)
-            for (long r = 0; r < rows; r++) scales[r] = scale_of(x + r * width, width, eps);
+            for (long r = 0; r < rows; r++) scales[r] = scale_of(from(x, r * width, wide), width, eps, wide);
         }
 #pragma omp for schedule(static) /* by columns: the rows of one tile lie in the same lines of the cache */
         for (long i = 0; i < width / 32 * groups; i++) {
             long k = i / groups * 32, g = i % groups * 16;
-            pack(x + g * width, norm, scales + g, width, k, rows - g < 16 ? rows - g : 16, room + g * width + k * 16);
+            long some = rows - g < 16 ? rows - g : 16;
+            pack(from(x, g * width, norm && wide), wide, norm, scales + g, width, k, some, room + g * width + k * 16);
         }
 #pragma omp for schedule(static)
         for (long i = 0; i < (out + 15) / 16; i++) {
@@ -173,7 +193,7 @@ void opd_linear(const bf16 *x, long rows, long width, const bf16 *norm, float ep
                     long at = r / 16 * 256 + r % 16;
                     __m512 sum = _mm512_i32gather_ps(column, sums[0] + at, 4);
                     __m512 up = mode == GATE ? _mm512_i32gather_ps(column, sums[1] + at, 4) : sum;
-                    finish(sum, up, bias ? bias + o : 0, bias ? bias + out + o : 0, y + (first + r) * out + o, mode);
+                    finish(sum, up, bias ? bias + o : 0, bias ? bias + out + o : 0, y, (first + r) * out + o, mode, wide);
                 }
             }
         }
@@ -182,15 +202,15 @@ void opd_linear(const bf16 *x, long rows, long width, const bf16 *norm, float ep
 }
 
 /* Rotate a head of `size` numbers; `sin` carries the sign of the first half. */
-static void turn(const bf16 *x, const bf16 *norm, float eps, const bf16 *cos, const bf16 *sin, long size, bf16 *y) {
-    float scale = norm ? scale_of(x, size, eps) : 0.0f;
+static void turn(const bf16 *x, const void *norm, float eps, const float *cos, const float *sin, long size, int wide, bf16 *y) {
+    float scale = norm ? scale_of(x, size, eps, 0) : 0.0f;
     for (long i = 0; i < size; i += 16) {
         long other = i < size / 2 ? i + size / 2 : i - size / 2;
-        __m512 a = norm ? normed(x + i, norm + i, scale) : wide16(x + i);
-        __m512 b = norm ? normed(x + other, norm + other, scale) : wide16(x + other);
-        __m512 turned = rounded(_mm512_mul_ps(a, wide16(cos + i)));
-        turned = _mm512_add_ps(turned, rounded(_mm512_mul_ps(b, wide16(sin + i))));
-        _mm256_storeu_si256((__m256i *)(y + i), narrow16(turned));
+        __m512 a = norm ? normed(x, 0, norm, wide, i, scale) : wide16(x + i);
+        __m512 b = norm ? normed(x, 0, norm, wide, other, scale) : wide16(x + other);
+        a = _mm512_mul_ps(a, _mm512_loadu_ps(cos + i));
+        b = _mm512_mul_ps(b, _mm512_loadu_ps(sin + i));
+        _mm256_storeu_si256((__m256i *)(y + i), narrow16(wide ? _mm512_add_ps(a, b) : _mm512_add_ps(rounded(a), rounded(b))));
     }
 }
 
@@ -223,10 +243,10 @@ static inline __attribute__((always_inline)) void read_head(const bf16 *q, const
 }
 
 /* Write this step's keys and values into the cache, then attend.
- * heads (rows, queries + 2 keys, size) as the projections gave them; cos, sin (rows, size); cache (rows, 2 keys, room, size);
+ * heads (rows, queries + 2 keys, size) as the projections gave them; cos, sin (rows, size) float32; cache (rows, 2 keys, room, size);
  * places (rows,) of the new token; y (rows, queries, size). size is a multiple of 32, up to 256. */
-void opd_attend(const bf16 *heads, long rows, long queries, long keys, long size, const bf16 *cos, const bf16 *sin,
-                const bf16 *query_norm, const bf16 *key_norm, float eps, bf16 *cache, long room, const int64_t *places,
+void opd_attend(const bf16 *heads, long rows, long queries, long keys, long size, const float *cos, const float *sin,
+                const void *query_norm, const void *key_norm, float eps, int wide, bf16 *cache, long room, const int64_t *places,
                 float scale, bf16 *y, int threads) {
     long of_row = (queries + 2 * keys) * size, shared = queries / keys;
 #pragma omp parallel num_threads(threads)
@@ -236,12 +256,13 @@ void opd_attend(const bf16 *heads, long rows, long queries, long keys, long size
 #pragma omp for schedule(static)
         for (long n = 0; n < rows * keys; n++) {
             long row = n / keys, key = n % keys, at = places[row];
-            const bf16 *x = heads + row * of_row, *c = cos + row * size, *s = sin + row * size;
+            const bf16 *x = heads + row * of_row;
+            const float *c = cos + row * size, *s = sin + row * size;
             bf16 *k = cache + (row * 2 * keys + key) * room * size, *v = k + keys * room * size;
-            turn(x + (queries + key) * size, key_norm, eps, c, s, size, k + at * size);
+            turn(x + (queries + key) * size, key_norm, eps, c, s, size, wide, k + at * size);
             memcpy(v + at * size, x + (queries + keys + key) * size, (size_t)size * sizeof *v);
             for (long h = key * shared; h < (key + 1) * shared; h++) {
-                turn(x + h * size, query_norm, eps, c, s, size, q);
+                turn(x + h * size, query_norm, eps, c, s, size, wide, q);
                 bf16 *to = y + (row * queries + h) * size;
                 if (size == 64) /* known sizes stay in registers */
                     read_head(q, k, v, at + 1, 64, scale, p, to);

@@ -51,7 +51,7 @@ MODELS = {
 builds = pytest.mark.skipif(not compiled.supported() or library() is None, reason="no processor or no compiler for it")
 
 
-def made(name: str, adapter: bool = False) -> Any:
+def made(name: str, adapter: bool = False, mixed: bool = False) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = MODELS[name]()
@@ -63,7 +63,7 @@ def made(name: str, adapter: bool = False) -> Any:
             for key, p in model.named_parameters():
                 if "lora_B" in key:
                     p.data.normal_(0.0, 0.05)
-    return model.eval().to(torch.bfloat16)
+    return model.eval() if mixed else model.eval().to(torch.bfloat16)
 
 
 def written(decoder: Any, rows: int) -> torch.Tensor:
@@ -89,8 +89,8 @@ def written(decoder: Any, rows: int) -> torch.Tensor:
     return found
 
 
-def decoders(model: Any, kind: type[Decoder], rows: int) -> Any:
-    weights = Weights(base_of(model), next(model.parameters()).dtype, kind.packs)
+def decoders(model: Any, kind: type[Decoder], rows: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    weights = Weights(base_of(model), dtype, kind.packs)
     weights.load(base_of(model), 77)
     return kind(base_of(model), weights, rows + 1, 24, 48)
 
@@ -100,11 +100,12 @@ def decoders(model: Any, kind: type[Decoder], rows: int) -> Any:
     ("name", "rows", "adapter"),
     [*[(name, 5, False) for name in MODELS], ("llama", 1, False), ("qwen3", 70, False), ("biased", 20, True)],
 )
-def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapter: bool) -> None:
+@pytest.mark.parametrize("mixed", [False, True], ids=["whole", "mixed"])
+def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapter: bool, mixed: bool) -> None:
     """Groups of sixteen rows, full and not, and more than four; biases, head norms, adapters; rows that come and go."""
-    model = made(name, adapter)
+    model = made(name, adapter, mixed)
     assert computes(base_of(model), torch.bfloat16)
-    exact = written(decoders(copy.deepcopy(model).double(), Decoder, rows), rows)
+    exact = written(decoders(copy.deepcopy(model).double(), Decoder, rows, torch.float64), rows)
     by_torch = written(decoders(model, Decoder, rows), rows)
     ours = written(decoders(model, CompiledDecoder, rows), rows)
     assert (by_torch - exact).square().mean() > 0
