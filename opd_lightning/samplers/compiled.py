@@ -75,15 +75,21 @@ def _build(compiler: str, target: Path) -> None:
         made.replace(target)
 
 
-def computes(base: Any, dtype: torch.dtype) -> bool:
-    """Whether a model of a known architecture has the shapes and the precision that the functions take."""
+def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:
+    """Whether a model of a known architecture has the shapes and the precision that the functions take.
+
+    Args:
+        base: a Hugging Face causal language model.
+        dtype: of its products.
+        vocab: rows of the head that carry a token.
+    """
     config, attention, stream = base.config, base.model.layers[0].self_attn, base.model.embed_tokens.weight
     if dtype != torch.bfloat16 or stream.dtype not in (dtype, torch.float32) or config.hidden_act not in ("silu", "swish"):
         return False
     if any(norm.weight.dtype != stream.dtype for norm in _norms(base)):
         return False
     sizes = (config.hidden_size, config.intermediate_size, attention.head_dim)
-    fit = all(size % 32 == 0 for size in sizes) and attention.head_dim <= 256
+    fit = all(size % 32 == 0 for size in sizes) and attention.head_dim <= 256 and vocab >= 16
     return fit and stream.is_cpu and library() is not None
 
 

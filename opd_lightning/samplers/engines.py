@@ -137,7 +137,7 @@ def engine_for(
         if memory.verdicts.get(setting):
             raise UnknownArchitecture(memory.verdicts[setting])
         expect_known(base, longest + new)
-        decoder = CompiledDecoder if kind == "auto" and computes(base, setting.dtype) else Decoder
+        decoder = CompiledDecoder if kind == "auto" and computes(base, setting.dtype, vocabulary.size) else Decoder
         wanted = setting.dtype, setting.device, decoder.packs
         fits = kept is not None and (kept.dtype, kept.embedding.device, kept.packs) == wanted
         weights = kept if kept is not None and fits else Weights(base, setting.dtype, decoder.packs)

@@ -104,7 +104,7 @@ def decoders(model: Any, kind: type[Decoder], rows: int, dtype: torch.dtype = to
 def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapter: bool, mixed: bool) -> None:
     """Groups of sixteen rows, full and not, and more than four; biases, head norms, adapters; rows that come and go."""
     model = made(name, adapter, mixed)
-    assert computes(base_of(model), torch.bfloat16)
+    assert computes(base_of(model), torch.bfloat16, vocab=77) and not computes(base_of(model), torch.bfloat16, vocab=15)
     exact = written(decoders(copy.deepcopy(model).double(), Decoder, rows, torch.float64), rows)
     by_torch = written(decoders(model, Decoder, rows), rows)
     ours = written(decoders(model, CompiledDecoder, rows), rows)
