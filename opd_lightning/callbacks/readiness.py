@@ -117,11 +117,12 @@ class Readiness(Configurable):
         """
         which, out = (0 if entering else 1), []
         begun = entering and self.near > 0.0 and found.nearest_kl <= self.limits["reverse_kl"][0]
+        excused = ("mass", "reverse_kl") if begun else ()
         for name, title in (("mass", "overlap mass"), ("ends", "the teacher's share of the student's end")):
-            if (value := getattr(found, name)) < (limit := self.limits[name][which]) and not (begun and name == "mass"):
+            if (value := getattr(found, name)) < (limit := self.limits[name][which]) and name not in excused:
                 out.append(f"{title} {value:.3f} is below {limit:g}")
         for name, title in (("reverse_kl", "reverse KL"), ("truncated", "share of truncated completions")):
-            if (value := getattr(found, name)) > (limit := self.limits[name][which]) and not (begun and name == "reverse_kl"):
+            if (value := getattr(found, name)) > (limit := self.limits[name][which]) and name not in excused:
                 out.append(f"{title} {value:.3f} is above {limit:g}")
         return out
 

@@ -2,7 +2,8 @@
  * all cores, and that nothing else is done between them. Built by compiled.py with the machine's C compiler, when it is needed.
  *
  * Rounding follows transformers: every product of a layer, every norm and every sum of the residual stream is rounded to
- * bfloat16; sums are taken in float32. `wide`: the residual stream and the norms' weights are float32, as under mixed precision.
+ * bfloat16; sums are taken in float32. `wide`: the residual stream and the norms' weights are float32, as under mixed
+ * precision.
  * Each row is computed by itself, whatever other rows there are, in one order of summation.
  */
 #include <immintrin.h>
@@ -13,13 +14,6 @@
 typedef uint16_t bf16;
 
 /* ---- numbers ------------------------------------------------------------------------------------------------------------ */
-
-static inline float wide(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
 
 static inline __m512 wide16(const bf16 *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
@@ -48,6 +42,11 @@ static inline __m512 exp16(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
+}
+
+/* Places of a column of a table with sixteen columns. */
+static inline __m512i every16th(void) {
+    return _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
 }
 
 /* Sixteen numbers from place i on. */
@@ -95,7 +94,7 @@ static inline void finish(__m512 sum, __m512 up, const bf16 *bias, const bf16 *u
         _mm256_storeu_si256((__m256i *)((bf16 *)y + i), narrow16(sum));
 }
 
-/* ---- linear layers -------------------------------------------------------------------------------------------------------- */
+/* ---- linear layers ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     uint8_t palette, start, reserved[14];
@@ -144,7 +143,7 @@ static void block(const bf16 *weight, const bf16 *packed, long width, int groups
 /* Numbers k to k + 32 of up to sixteen rows of x as one tile: pairs of numbers, the rows beside each other. Without a norm
  * the numbers are bfloat16. */
 static void pack(const void *x, int wide, const void *norm, const float *scales, long width, long k, long rows, bf16 *tile) {
-    const __m512i down = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+    const __m512i down = every16th();
     for (long r = 0; r < rows; r++) {
         const void *row = from(x, r * width, norm && wide);
         __m512i pairs;
@@ -160,12 +159,12 @@ static void pack(const void *x, int wide, const void *norm, const float *scales,
 
 /* ---- the two calls ------------------------------------------------------------------------------------------------------ */
 
-/* y = x W' + b of (rows, width), W (out, width); norm: x, of the residual stream, is normalised first; STORE, ADD to the stream y, or GATE: W holds 2 out rows and
- * y = silu(first half) * second half. width is a multiple of 32, out at least 16, and of 16 unless STORE; room holds
- * (width + 2) numbers for each of the rows, whose count is rounded up to 16. */
+/* y = x W' + b of (rows, width), W (out, width); norm: x, of the residual stream, is normalised first; STORE, ADD to the stream
+ * y, or GATE: W holds 2 out rows and y = silu(first half) * second half. width is a multiple of 32, out at least 16, and of 16
+ * unless STORE; room holds (width + 2) numbers for each of the rows, whose count is rounded up to 16. */
 void opd_linear(const void *x, long rows, long width, const void *norm, float eps, const bf16 *weight, const bf16 *bias,
                 long out, void *y, int mode, int wide, bf16 *room, int threads) {
-    const __m512i column = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
+    const __m512i column = every16th();
     long groups = (rows + 15) / 16, at_once = 4 * 16, halves = mode == GATE ? 2 : 1;
     float *scales = (float *)(room + groups * 16 * width);
 #pragma omp parallel num_threads(threads)
@@ -243,11 +242,11 @@ static inline __attribute__((always_inline)) void read_head(const bf16 *q, const
 }
 
 /* Write this step's keys and values into the cache, then attend.
- * heads (rows, queries + 2 keys, size) as the projections gave them; cos, sin (rows, size) float32; cache (rows, 2 keys, room, size);
- * places (rows,) of the new token; y (rows, queries, size). size is a multiple of 32, up to 256. */
+ * heads (rows, queries + 2 keys, size) as the projections gave them; cos, sin (rows, size) float32; cache (rows, 2 keys, room,
+ * size); places (rows,) of the new token; y (rows, queries, size). size is a multiple of 32, up to 256. */
 void opd_attend(const bf16 *heads, long rows, long queries, long keys, long size, const float *cos, const float *sin,
-                const void *query_norm, const void *key_norm, float eps, int wide, bf16 *cache, long room, const int64_t *places,
-                float scale, bf16 *y, int threads) {
+                const void *query_norm, const void *key_norm, float eps, int wide, bf16 *cache, long room,
+                const int64_t *places, float scale, bf16 *y, int threads) {
     long of_row = (queries + 2 * keys) * size, shared = queries / keys;
 #pragma omp parallel num_threads(threads)
     {

@@ -10,60 +10,30 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from opd_lightning.models import LoRA, Student, Vocabulary
-from opd_lightning.models.lora import add_lora, base_of
+from opd_lightning.models import Student, Vocabulary
+from opd_lightning.models.lora import base_of
 from opd_lightning.samplers import NativeSampler, compiled
 from opd_lightning.samplers.compiled import CompiledDecoder, computes, library
 from opd_lightning.samplers.decoder import GROWTH, Decoder, Weights
 from opd_lightning.samplers.engines import engine_for
+from tests.samplers import test_decoder
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 77,  # no multiple of sixteen
-    "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 32,  # in registers are 64 and 128
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "biased": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
-}
+MODELS = test_decoder.known(
+    vocab_size=77,  # no multiple of sixteen
+    hidden_size=96,
+    intermediate_size=64,
+    num_attention_heads=6,
+    head_dim=32,  # in registers are 64 and 128
+    initializer_range=0.2,
+)
+NAMES = ("llama", "tied", "biased", "mistral", "qwen2", "qwen3")
 builds = pytest.mark.skipif(not compiled.supported() or library() is None, reason="no processor or no compiler for it")
 
 
 def made(name: str, adapter: bool = False, mixed: bool = False) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: Any = MODELS[name]()
-        for p in model.parameters():
-            if p.ndim == 1:
-                p.data += 0.3 * torch.randn(p.shape)
-        if adapter:
-            model = add_lora(model, LoRA(r=4), 0)
-            for key, p in model.named_parameters():
-                if "lora_B" in key:
-                    p.data.normal_(0.0, 0.05)
-    return model.eval() if mixed else model.eval().to(torch.bfloat16)
+    model = (test_decoder.adapted if adapter else test_decoder.made)(MODELS[name])
+    return model if mixed else model.to(torch.bfloat16)
 
 
 def written(decoder: Any, rows: int) -> torch.Tensor:
@@ -98,7 +68,13 @@ def decoders(model: Any, kind: type[Decoder], rows: int, dtype: torch.dtype = to
 @builds
 @pytest.mark.parametrize(
     ("name", "rows", "adapter"),
-    [*[(name, 5, False) for name in MODELS], ("llama", 1, False), ("qwen3", 70, False), ("biased", 20, True)],
+    [
+        *[(name, 5, False) for name in NAMES],
+        ("llama", 1, False),
+        ("scaled rotary", 20, False),
+        ("qwen3", 70, False),
+        ("biased", 20, True),
+    ],
 )
 @pytest.mark.parametrize("mixed", [False, True], ids=["whole", "mixed"])
 def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapter: bool, mixed: bool) -> None:

@@ -54,16 +54,25 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-KNOWN = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
-    "biased": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
-    "scaled rotary": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None, head_dim=16)),
-    "wide window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4096)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
-}
+
+
+def known(**other: Any) -> dict[str, Any]:
+    """Builders of every architecture that the decoder knows, of these sizes but for others."""
+    sizes = {**SIZES, **other}
+    headed = {"head_dim": 16, **sizes}
+    return {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes)),
+        "tied": lambda: LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)),
+        "biased": lambda: LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)),
+        "scaled rotary": lambda: LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=LLAMA3)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**headed, sliding_window=None)),
+        "wide window": lambda: MistralForCausalLM(MistralConfig(**sizes, sliding_window=4096)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**sizes)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**headed)),
+    }
+
+
+KNOWN = known()
 PROMPTS = [tuple(range(3, 4 + n)) for n in (5, 1, 9, 5, 2)] * 4  # each four times, of unequal length
 SEEDS = list(range(len(PROMPTS)))
 
@@ -197,8 +206,8 @@ def test_rows_beyond_the_window_do_not_condemn_shorter_ones() -> None:
     assert found == [Decoder, TransformersEngine, Decoder]
 
 
-def adapted() -> Any:
-    model: Any = add_lora(made(KNOWN["llama"]), LoRA(r=4), seed=0)
+def adapted(build: Any = KNOWN["llama"]) -> Any:
+    model: Any = add_lora(made(build), LoRA(r=4), seed=0)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(len(name)))
