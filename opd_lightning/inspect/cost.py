@@ -27,7 +27,7 @@ from opd_lightning.models.lora import add_lora
 from opd_lightning.models.students import Student, prune_layers
 from opd_lightning.models.teachers import AdapterOffTeacher, FrozenTeacher, FunctionTeacher, LiveTeacher, ServerTeacher
 from opd_lightning.ops.fused import tokens_at_once
-from opd_lightning.samplers.compiled import library
+from opd_lightning.samplers import compiled, stepped
 
 PHASES = ("rollout", "student forward", "teacher forward", "heads and loss", "backward", "optimizer")
 SAMPLE = 64
@@ -170,8 +170,12 @@ def load_of(setup: Setup) -> Load:
         decoded_together=min(sampler.batch_size, data.batch_size * setup.rollout.every_n_steps),
         every_n_steps=setup.rollout.every_n_steps,
         passes=setup.rollout.passes,
-        compiled=getattr(sampler, "engine", "") == "auto" and setup.module.recipe.dtype == "bfloat16" and library() is not None,
+        compiled=getattr(sampler, "engine", "") == "auto" and _functions(setup.module.recipe.dtype) is not None,
     )
+
+
+def _functions(dtype: str) -> object | None:
+    return {"bfloat16": compiled.library, "float32": stepped.library}.get(dtype, lambda: None)()
 
 
 def teachers_of(setup: Setup, student: Shape) -> list[tuple[Shape, bool]]:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from opd_lightning.samplers.linear import Linear
 
 SOURCE = Path(__file__).with_name("thin.c")
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "amx-tile", "amx-bf16", "fma")
-FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", *(f"-m{feature}" for feature in FEATURES))
+FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 STORE, ADD, GATE = 0, 1, 2
 """What `opd_linear` does with its product."""
 
@@ -46,32 +46,44 @@ def supported() -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The functions, built at the first call on this machine and kept in the cache folder; None where that cannot be done."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if not supported() or compiler is None:
-        return None
-    stamp = hashlib.sha256(SOURCE.read_bytes() + " ".join([compiler, *FLAGS]).encode()).hexdigest()[:16]
-    target = cache_dir() / "compiled" / f"thin-{stamp}.so"
-    try:
-        if not target.is_file():
-            _build(compiler, target)
-        found = ctypes.CDLL(str(target))  # shares the threads of torch, whose libgomp is loaded already
-    except (OSError, subprocess.CalledProcessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        rank_zero_info(f"sampler: {SOURCE.name} could not be built, so the decoder in PyTorch writes ({told.strip()[-200:]})")
-        return None
-    linear: list[Any] = [POINTER, LONG, LONG, POINTER, FLOAT, POINTER, POINTER, LONG, POINTER, INT, INT, POINTER, INT]
-    attend: list[Any] = [POINTER, *[LONG] * 4, *[POINTER] * 4, FLOAT, INT, POINTER, LONG, POINTER, FLOAT, POINTER, INT]
-    found.opd_linear.argtypes, found.opd_linear.restype = linear, None
-    found.opd_attend.argtypes, found.opd_attend.restype = attend, None
+    """The functions for bfloat16, built at the first call on this machine; None where that cannot be done."""
+    found = built(SOURCE, FEATURES) if supported() else None
+    if found is not None:
+        linear: list[Any] = [POINTER, LONG, LONG, POINTER, FLOAT, POINTER, POINTER, LONG, POINTER, INT, INT, POINTER, INT]
+        attend: list[Any] = [POINTER, *[LONG] * 4, *[POINTER] * 4, FLOAT, INT, POINTER, LONG, POINTER, FLOAT, POINTER, INT]
+        found.opd_linear.argtypes, found.opd_linear.restype = linear, None
+        found.opd_attend.argtypes, found.opd_attend.restype = attend, None
     return found
 
 
-def _build(compiler: str, target: Path) -> None:
+def built(source: Path, features: Sequence[str]) -> ctypes.CDLL | None:
+    """Functions in C, compiled once and kept in the cache folder; None, which is told, where that cannot be done.
+
+    Args:
+        source: of the functions.
+        features: of the processor, which they may use.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    flags = [*FLAGS, *(f"-m{feature}" for feature in features)]
+    stamp = hashlib.sha256(source.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
+    target = cache_dir() / "compiled" / f"{source.stem}-{stamp}.so"
+    try:
+        if not target.is_file():
+            _build([compiler, *flags, str(source)], target)
+        return ctypes.CDLL(str(target))  # shares the threads of torch, whose libgomp is loaded already
+    except (OSError, subprocess.CalledProcessError) as error:
+        told = getattr(error, "stderr", None) or str(error)
+        rank_zero_info(f"sampler: {source.name} could not be built, so the decoder in PyTorch writes ({told.strip()[-200:]})")
+        return None
+
+
+def _build(command: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # several processes may build at once; the last one stays
         made = Path(folder) / target.name
-        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
+        subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True)
         made.replace(target)
 
 
@@ -86,14 +98,15 @@ def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:
     config, attention, stream = base.config, base.model.layers[0].self_attn, base.model.embed_tokens.weight
     if dtype != torch.bfloat16 or stream.dtype not in (dtype, torch.float32) or config.hidden_act not in ("silu", "swish"):
         return False
-    if any(norm.weight.dtype != stream.dtype for norm in _norms(base)):
+    if any(norm.weight.dtype != stream.dtype for norm in norms_of(base)):
         return False
     sizes = (config.hidden_size, config.intermediate_size, attention.head_dim)
     fit = all(size % 32 == 0 for size in sizes) and attention.head_dim <= 256 and vocab >= 16
     return fit and stream.is_cpu and library() is not None
 
 
-def _norms(base: Any) -> Iterator[Any]:
+def norms_of(base: Any) -> Iterator[Any]:
+    """All norms of a model of a known architecture."""
     yield base.model.norm
     for layer in base.model.layers:
         yield from (layer.input_layernorm, layer.post_attention_layernorm)

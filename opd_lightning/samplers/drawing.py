@@ -10,6 +10,9 @@ from torch import Tensor
 BLOCK = 256
 """Entries that are summed before the search: about the square root of a large vocabulary, so both levels are short."""
 
+SHORT = 2048
+"""Vocabulary up to which one sum is faster than two levels of them."""
+
 CHUNK = 2**19
 """Entries that are drawn from at once on a CPU: what one pass writes is still in its cache when the next one reads it."""
 
@@ -64,8 +67,8 @@ class Law:
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """One token a row: the first, in vocabulary order, at which the running sum passes the row's share of the whole.
 
-    The sum over the vocabulary runs over blocks first and inside one block then, so that no running sum of length V is made. A
-    token of probability 0 is never drawn.
+    The sum over a long vocabulary runs over blocks first and inside one block then, so that no running sum of length V is made.
+    A token of probability 0 is never drawn.
 
     Args:
         probabilities: (rows, V), non-negative.
@@ -75,7 +78,7 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     [0, 2, 2]
     """
     rows, vocab = probabilities.shape
-    if vocab <= BLOCK:
+    if vocab <= SHORT:
         return _passed(probabilities, uniform[:, None] * probabilities.sum(-1, keepdim=True))[0].squeeze(-1)
     missing = -vocab % BLOCK
     if missing:

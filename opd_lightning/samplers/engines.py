@@ -17,7 +17,7 @@ from opd_lightning.media import Media
 from opd_lightning.models.lora import adapters_at_work, base_of
 from opd_lightning.models.processors import looks
 from opd_lightning.models.vocabulary import Vocabulary
-from opd_lightning.samplers.compiled import CompiledDecoder, computes
+from opd_lightning.samplers import compiled, stepped
 from opd_lightning.samplers.decoder import Decoder, TooLong, UnknownArchitecture, Weights, expect_known
 from opd_lightning.samplers.looking import LookingEngine
 
@@ -137,7 +137,7 @@ def engine_for(
         if memory.verdicts.get(setting):
             raise UnknownArchitecture(memory.verdicts[setting])
         expect_known(base, longest + new)
-        decoder = CompiledDecoder if kind == "auto" and computes(base, setting.dtype, vocabulary.size) else Decoder
+        decoder = _fastest(base, setting, vocabulary.size)
         wanted = setting.dtype, setting.device, decoder.packs
         fits = kept is not None and (kept.dtype, kept.embedding.device, kept.packs) == wanted
         weights = kept if kept is not None and fits else Weights(base, setting.dtype, decoder.packs)
@@ -157,6 +157,14 @@ def engine_for(
     if setting.device.type == "cpu" and not parallel.is_cut(base):
         memory.weights = weights
     return decoder(base, weights, rows, longest, longest + new)
+
+
+def _fastest(base: Any, setting: Setting, vocab: int) -> type[Decoder]:
+    if setting.kind == "auto" and compiled.computes(base, setting.dtype, vocab):
+        return compiled.CompiledDecoder
+    if setting.kind == "auto" and stepped.computes(base, setting.dtype, vocab):
+        return stepped.StepDecoder
+    return Decoder
 
 
 def _by_transformers(base: Any, vocabulary: Vocabulary) -> Engine:

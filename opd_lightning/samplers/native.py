@@ -40,9 +40,9 @@ class NativeSampler(Configurable):
         max_new_tokens: longest completion; a longer one is cut and counts as truncated.
         batch_size: rows decoded together; as rows end, waiting prompts take their place.
         engine: ``auto`` computes models of the Llama family (Llama, SmolLM2, Mistral, Qwen2, Qwen3) with a decoder of our own,
-            after proving at first use that it gives the model's logits, and any other model with transformers; in bfloat16
-            on a CPU that multiplies it, the decoder's steps are C functions, built once if there is a C compiler. ``torch``
-            does without these, ``transformers`` without the decoder.
+            after proving at first use that it gives the model's logits, and any other model with transformers; in float32,
+            and in bfloat16 on a CPU that multiplies it, the decoder's steps are C functions, built once if there is a C
+            compiler. ``torch`` does without these, ``transformers`` without the decoder.
 
     Raises:
         ValueError: for a value out of range.

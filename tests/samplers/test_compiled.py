@@ -65,6 +65,10 @@ def decoders(model: Any, kind: type[Decoder], rows: int, dtype: torch.dtype = to
     return kind(base_of(model), weights, rows + 1, 24, 48)
 
 
+def exactly(model: Any, rows: int) -> torch.Tensor:
+    return written(decoders(copy.deepcopy(model).double(), Decoder, rows, torch.float64), rows)
+
+
 @builds
 @pytest.mark.parametrize(
     ("name", "rows", "adapter"),
@@ -81,7 +85,7 @@ def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapte
     """Groups of sixteen rows, full and not, and more than four; biases, head norms, adapters; rows that come and go."""
     model = made(name, adapter, mixed)
     assert computes(base_of(model), torch.bfloat16, vocab=77) and not computes(base_of(model), torch.bfloat16, vocab=15)
-    exact = written(decoders(copy.deepcopy(model).double(), Decoder, rows, torch.float64), rows)
+    exact = exactly(model, rows)
     by_torch = written(decoders(model, Decoder, rows), rows)
     ours = written(decoders(model, CompiledDecoder, rows), rows)
     assert (by_torch - exact).square().mean() > 0

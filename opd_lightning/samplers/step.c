@@ -1,0 +1,259 @@
+/* One decoding step in float32: a token a row goes in, its logits come out, in one call. Few rows meet many weights, so weights
+ * are read once, in order, by all cores, and nothing is done between two products but what belongs there.
+ *
+ * Plain C, built by compiled.py with the machine's C compiler when it is needed; `omp simd` loops become vector instructions
+ * of the width that the flags allow. Each row is computed by itself, whatever other rows there are, in one order of summation.
+ */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Weights are (out, in), biases and head norms may be missing. */
+typedef struct {
+    const float *before_attention, *qkv, *qkv_bias, *query_norm, *key_norm, *out, *out_bias;
+    const float *before_mlp, *gate_up, *gate_up_bias, *down, *down_bias;
+    float *cache; /* (rows, 2 keys, room, size): keys, then values */
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    const float *embedding, *norm, *head, *head_bias, *cos, *sin; /* cos, sin (places, size); sin with the sign of its half */
+    int64_t count, width, inner, queries, keys, size, vocab, room;
+    float eps, scale;
+} Model;
+
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+/* ---- vectors: ROWS of x times four rows of a weight are summed in registers ------------------------------------------------ */
+
+#define AHEAD 4 /* rows of a weight that are asked for, into the second cache, ahead of their use */
+
+#ifdef __AVX512F__
+#define LANES 16
+#define ROWS 4
+typedef __m512 vec;
+typedef __mmask16 mask;
+static inline mask first(long n) { return (mask)(n >= LANES ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
+static inline vec all(const float *x) { return _mm512_loadu_ps(x); }
+static inline vec get(const float *x, mask some) { return _mm512_maskz_loadu_ps(some, x); }
+static inline void put(float *x, mask some, vec y) { _mm512_mask_storeu_ps(x, some, y); }
+static inline float total(vec x) { return _mm512_reduce_add_ps(x); }
+#else
+#define LANES 8
+#define ROWS 2
+typedef __m256 vec;
+typedef __m256i mask;
+static inline mask first(long n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)least(n, LANES)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline vec all(const float *x) { return _mm256_loadu_ps(x); }
+static inline vec get(const float *x, mask some) { return _mm256_maskload_ps(x, some); }
+static inline void put(float *x, mask some, vec y) { _mm256_maskstore_ps(x, some, y); }
+static inline float total(vec x) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+#endif
+
+/* ---- parts of a layer -------------------------------------------------------------------------------------------------- */
+
+/* e^x by 2^n and a polynomial: relative error below 3e-7. What is not a number stays so. */
+static inline float exp_of(float x) {
+    union {
+        int32_t bits;
+        float number;
+    } power;
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    int32_t n = (int32_t)(x * 1.44269504f + (x < 0.0f ? -0.5f : 0.5f));
+    float r = (x - (float)n * 0.693359375f) + (float)n * 2.12194440e-4f;
+    float p = 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    power.bits = (n + 127) << 23;
+    return p * power.number;
+}
+
+/* y = weight * x / (root mean square of x) */
+static void norm_of(const float *x, const float *weight, long width, float eps, float *y) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < width; i++) sum += x[i] * x[i];
+    float scale = 1.0f / sqrtf(sum / (float)width + eps);
+#pragma omp simd
+    for (long i = 0; i < width; i++) y[i] = weight[i] * (x[i] * scale);
+}
+
+/* Inner products of four rows of a weight with `rows` rows of x: sums[row][of the weight]; asks for what comes next if told. */
+static inline __attribute__((always_inline)) void products(const float *w, const float *const *x, long width, const int rows,
+                                                           const int asks, float sums[][4]) {
+    vec a[ROWS][4] = {0};
+    for (long i = 0; i < width; i += LANES) {
+        int whole = i + LANES <= width;
+        mask here = first(width - i);
+        vec part[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) part[j] = whole ? all(w + j * width + i) : get(w + j * width + i, here);
+#pragma GCC unroll 4
+        for (int j = 0; asks && j < LANES / 4; j++) __builtin_prefetch(w + AHEAD * width + 4 * i + 16 * j, 0, 2);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            vec own = whole ? all(x[r] + i) : get(x[r] + i, here);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) a[r][j] += own * part[j];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++) sums[r][j] = total(a[r][j]);
+}
+
+/* y = x W' + b, or y += it; `out` is a multiple of 4 if it is added. Called by all threads. */
+static void linear(const float *x, long rows, long width, const float *weight, const float *bias, long out, float *y, int add) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < (out + 3) / 4; i++) {
+        long o = least(4 * i, out - 4); /* the last block may repeat some of the one before */
+        for (long first = 0; first < rows; first += ROWS) {
+            const float *some[ROWS];
+            float sums[ROWS][4];
+            for (long r = 0; r < ROWS; r++) some[r] = x + least(first + r, rows - 1) * width;
+            if (first == 0)
+                products(weight + o * width, some, width, ROWS, 1, sums);
+            else
+                products(weight + o * width, some, width, ROWS, 0, sums);
+            for (long r = 0; r < least(ROWS, rows - first); r++) {
+                float *to = y + (first + r) * out + o;
+                for (long j = 0; j < 4; j++) {
+                    float sum = sums[r][j] + (bias ? bias[o + j] : 0.0f);
+                    to[j] = add ? to[j] + sum : sum;
+                }
+            }
+        }
+    }
+}
+
+/* Rotate a head to its place. */
+static void turn(const float *x, const float *norm, const float *cos, const float *sin, long size, float eps, float *y) {
+    long half = size / 2;
+    if (norm) norm_of(x, norm, size, eps, y), x = y;
+    for (long i = 0; i < half; i++) {
+        float low = x[i], high = x[i + half];
+        y[i] = low * cos[i] + high * sin[i];
+        y[i + half] = high * cos[i + half] + low * sin[i + half];
+    }
+}
+
+/* p = softmax(scale p) of `count` numbers */
+static void softmax(float *p, long count, float scale) {
+    float most = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : most)
+    for (long t = 0; t < count; t++) most = p[t] > most ? p[t] : most;
+#pragma omp simd reduction(+ : sum)
+    for (long t = 0; t < count; t++) {
+        p[t] = exp_of((p[t] - most) * scale);
+        sum += p[t];
+    }
+#pragma omp simd
+    for (long t = 0; t < count; t++) p[t] /= sum;
+}
+
+/* `rows` query heads against the keys and values of `count` places: y = softmax(scale q k') v. p holds `apart` numbers a head. */
+static inline __attribute__((always_inline)) void read_heads(const float *q, const float *keys, const float *values, long count,
+                                                             long size, float scale, const int rows, float *p, long apart, float *y) {
+    const float *own[ROWS];
+    float sums[ROWS][4];
+    for (int r = 0; r < rows; r++) own[r] = q + r * size;
+    for (long t = 0; t < count; t += 4) { /* behind the last place lie other numbers of the cache, which are left out */
+        products(keys + t * size, own, size, rows, 0, sums);
+        for (int r = 0; r < rows; r++)
+            for (long j = 0; j < 4; j++) p[r * apart + t + j] = sums[r][j];
+    }
+    for (int r = 0; r < rows; r++) softmax(p + r * apart, count, scale);
+    for (long i = 0; i < size; i += 2 * LANES) {
+        mask here = first(size - i), there = first(size - i - LANES);
+        vec a[ROWS][2] = {0};
+        for (long t = 0; t < count; t++) {
+            vec low = get(values + t * size + i, here), high = get(values + t * size + i + LANES, there);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) a[r][0] += p[r * apart + t] * low, a[r][1] += p[r * apart + t] * high;
+        }
+        for (int r = 0; r < rows; r++) put(y + r * size + i, here, a[r][0]), put(y + r * size + i + LANES, there, a[r][1]);
+    }
+}
+
+/* Write this step's keys and values into the cache, then attend. Called by all threads. */
+static void attend(const Model *m, const Layer *l, const float *heads, long rows, const int64_t *places, float *p, float *mixed) {
+    long size = m->size, shared = m->queries / m->keys, of_row = (m->queries + 2 * m->keys) * size, apart = m->room + 4;
+#pragma omp for schedule(static)
+    for (long n = 0; n < rows * m->keys; n++) {
+        long row = n / m->keys, key = n % m->keys, at = places[row];
+        const float *x = heads + row * of_row, *c = m->cos + at * size, *s = m->sin + at * size;
+        float *k = l->cache + (row * 2 * m->keys + key) * m->room * size, *v = k + m->keys * m->room * size;
+        float *q = p + ROWS * apart;
+        turn(x + (m->queries + key) * size, l->key_norm, c, s, size, m->eps, k + at * size);
+        memcpy(v + at * size, x + (m->queries + m->keys + key) * size, (size_t)size * sizeof *v);
+        for (long h = key * shared, end = h + shared; h < end;) {
+            int some = (int)least(end - h, ROWS);
+            float *y = mixed + (row * m->queries + h) * size;
+            for (long r = 0; r < some; r++) turn(x + (h + r) * size, l->query_norm, c, s, size, m->eps, q + r * size);
+            switch (some) {
+            case 1: read_heads(q, k, v, at + 1, size, m->scale, 1, p, apart, y); break;
+            case 2: read_heads(q, k, v, at + 1, size, m->scale, 2, p, apart, y); break;
+#if ROWS == 4
+            case 3: read_heads(q, k, v, at + 1, size, m->scale, 3, p, apart, y); break;
+            case 4: read_heads(q, k, v, at + 1, size, m->scale, 4, p, apart, y); break;
+#endif
+            }
+            h += some;
+        }
+    }
+}
+
+static void norm_rows(const float *x, const float *weight, long rows, long width, float eps, float *y) {
+#pragma omp for schedule(static)
+    for (long r = 0; r < rows; r++) norm_of(x + r * width, weight, width, eps, y + r * width);
+}
+
+/* Numbers of room that a row needs. */
+static long numbers(const Model *m) {
+    return 2 * m->width + 2 * (m->queries + m->keys) * m->size + 3 * m->inner;
+}
+
+int64_t opd_room(const Model *m, long rows) { return rows * numbers(m); }
+
+/* logits (rows, vocab) of the tokens behind ids (rows,), which stand at places (rows,) and join the cache. */
+void opd_step(const Model *m, const int64_t *ids, const int64_t *places, long rows, float *room, float *logits, int threads) {
+    long width = m->width, inner = m->inner, of_heads = (m->queries + 2 * m->keys) * m->size, of_mixed = m->queries * m->size;
+    float *x = room, *normal = x + rows * width, *heads = normal + rows * width, *mixed = heads + rows * of_heads;
+    float *both = mixed + rows * of_mixed, *inside = both + rows * 2 * inner;
+#pragma omp parallel num_threads(threads)
+    {
+        float *p = malloc((size_t)(ROWS * (m->room + 4 + m->size)) * sizeof *p);
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; r++) memcpy(x + r * width, m->embedding + ids[r] * width, (size_t)width * sizeof *x);
+        for (const Layer *l = m->layers; l < m->layers + m->count; l++) {
+            norm_rows(x, l->before_attention, rows, width, m->eps, normal);
+            linear(normal, rows, width, l->qkv, l->qkv_bias, of_heads, heads, 0);
+            attend(m, l, heads, rows, places, p, mixed);
+            linear(mixed, rows, of_mixed, l->out, l->out_bias, width, x, 1);
+            norm_rows(x, l->before_mlp, rows, width, m->eps, normal);
+            linear(normal, rows, width, l->gate_up, l->gate_up_bias, 2 * inner, both, 0);
+#pragma omp for schedule(static)
+            for (long r = 0; r < rows; r++) {
+                float *gate = both + r * 2 * inner, *up = gate + inner, *y = inside + r * inner;
+#pragma omp simd
+                for (long i = 0; i < inner; i++) y[i] = gate[i] / (1.0f + exp_of(-gate[i])) * up[i];
+            }
+            linear(inside, rows, inner, l->down, l->down_bias, width, x, 1);
+        }
+        norm_rows(x, m->norm, rows, width, m->eps, normal);
+        linear(normal, rows, width, m->head, m->head_bias, m->vocab, logits, 0);
+        free(p);
+    }
+}

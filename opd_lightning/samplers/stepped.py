@@ -1,0 +1,152 @@
+"""Decoding steps in float32 by one C function (`step.c`), on x86-64 processors with vectors of eight numbers and more.
+
+With few rows a step is the reading of the weights, and with a small model calls into PyTorch take longer than what they
+compute. The function takes the weights as they lie and computes a whole step, every row by itself: what a row becomes
+does not depend on the rows beside it. It is built once, with the C compiler of the machine; where there is none the decoder in
+PyTorch does the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_lightning.samplers.compiled import INT, LONG, POINTER, built, norms_of
+from opd_lightning.samplers.decoder import Decoder, Norm, Weights
+from opd_lightning.samplers.linear import Linear
+
+SOURCE = Path(__file__).with_name("step.c")
+FEATURES = {
+    "AVX512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "prefer-vector-width=512"),
+    "AVX2": ("avx2", "fma"),
+}
+"""What the compiler may use, by what PyTorch uses on this processor."""
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of the C source."""
+
+    _fields_ = tuple(
+        (name, POINTER)
+        for name in (
+            *("before_attention", "qkv", "qkv_bias", "query_norm", "key_norm", "out", "out_bias"),
+            *("before_mlp", "gate_up", "gate_up_bias", "down", "down_bias", "cache"),
+        )
+    )
+
+
+class _Model(ctypes.Structure):
+    """`Model` of the C source."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, POINTER) for name in ("embedding", "norm", "head", "head_bias", "cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("count", "width", "inner", "queries", "keys", "size", "vocab", "room")),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The function, built at the first call on this machine; None where that cannot be done."""
+    features = FEATURES.get(torch.backends.cpu.get_cpu_capability())
+    if features is None or sys.platform != "linux" or platform.machine() != "x86_64":
+        return None
+    found = built(SOURCE, features)
+    if found is not None:
+        found.opd_step.argtypes = [ctypes.POINTER(_Model), POINTER, POINTER, LONG, POINTER, POINTER, INT]
+        found.opd_step.restype = None
+        found.opd_room.argtypes, found.opd_room.restype = [ctypes.POINTER(_Model), LONG], ctypes.c_int64
+    return found
+
+
+def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:
+    """Whether a model of a known architecture has the shapes and the precision that the function takes.
+
+    Args:
+        base: a Hugging Face causal language model.
+        dtype: of its products.
+        vocab: rows of the head that carry a token.
+    """
+    config, stream = base.config, base.model.embed_tokens.weight
+    if dtype != torch.float32 or stream.dtype != dtype or config.hidden_act not in ("silu", "swish"):
+        return False
+    norms = [Norm(norm) for norm in norms_of(base)]
+    if any(norm.weight.dtype != dtype or norm.eps != norms[0].eps for norm in norms):
+        return False
+    fit = config.hidden_size % 4 == 0 and base.model.layers[0].self_attn.head_dim % 2 == 0 and vocab >= 4
+    return fit and stream.is_cpu and library() is not None
+
+
+class StepDecoder(Decoder):
+    """The decoder whose step is one C function. Prompts are read by PyTorch, which is as fast with many tokens."""
+
+    packs = False
+
+    def __init__(self, base: Any, weights: Weights, rows: int, prompt: int, length: int) -> None:
+        super().__init__(base, weights, rows, prompt, max(length, 4))  # four places are read at a time
+        found = library()
+        assert found is not None
+        self.c, self.threads = found, torch.get_num_threads()
+        self.turns = self.cos.float().contiguous(), self.sin.float().contiguous()
+        self.layers = (_Layer * len(weights.layers))()
+        for mine, layer in zip(self.layers, weights.layers, strict=True):
+            query, key = layer.head_norms or (None, None)
+            mine.before_attention, mine.before_mlp = _at(layer.before_attention), _at(layer.before_mlp)
+            mine.query_norm, mine.key_norm = _at(query), _at(key)
+            for name in ("qkv", "out", "gate_up", "down"):
+                part: Linear = getattr(layer, name)
+                setattr(mine, name, _at(part.plain))
+                setattr(mine, f"{name}_bias", _at(part.bias))
+        self.vocab, width = _shape(weights.head)
+        self.model = _Model(
+            self.layers,
+            *map(_at, (weights.embedding, weights.norm, weights.head.plain, weights.head.bias, *self.turns)),
+            *(len(self.layers), width, _shape(weights.layers[0].down)[1], self.queries, self.keys, self.size, self.vocab, 0),
+            *(float(weights.norm.eps), self.scale),
+        )
+        self.space = torch.empty(found.opd_room(self.model, rows))
+        self._point()
+
+    def _point(self) -> None:
+        """Tell where the cache lies."""
+        self.model.room = self.room
+        for mine, cache in zip(self.layers, self.cached, strict=True):
+            mine.cache = _at(cache)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor) -> Tensor:
+        room = self.room
+        self._reserve(max(self.lengths) + 1)
+        if room != self.room:
+            self._point()
+        logits = self.weights.embedding.new_empty(len(ids), self.vocab)
+        self.c.opd_step(
+            *(self.model, ids.data_ptr(), self.places.data_ptr(), len(ids)),
+            *(self.space.data_ptr(), logits.data_ptr(), self.threads),
+        )
+        self.lengths = [n + 1 for n in self.lengths]
+        self.places = self.places + 1
+        return logits
+
+
+def _at(held: Tensor | Norm | None) -> int | None:
+    """The address of some numbers; None for none."""
+    if held is None:
+        return None
+    held = held.weight if isinstance(held, Norm) else held
+    assert held.is_contiguous()
+    return held.data_ptr()
+
+
+def _shape(layer: Linear) -> tuple[int, int]:
+    assert layer.plain is not None
+    out, width = layer.plain.shape
+    return out, width

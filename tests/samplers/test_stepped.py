@@ -1,0 +1,104 @@
+"""The C function computes what the decoder in PyTorch computes in float32, as near to float64 as that one comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from opd_lightning.models import Vocabulary
+from opd_lightning.models.lora import base_of
+from opd_lightning.samplers import NativeSampler
+from opd_lightning.samplers.decoder import GROWTH, Decoder
+from opd_lightning.samplers.engines import engine_for
+from opd_lightning.samplers.stepped import FEATURES, StepDecoder, computes, library
+from tests.samplers import test_decoder
+from tests.samplers.test_compiled import decoders, exactly, vocabulary, written
+
+__all__ = ["vocabulary"]  # a fixture
+
+MODELS = test_decoder.known(
+    vocab_size=77,  # no multiple of four
+    hidden_size=60,  # fills no vector
+    intermediate_size=39,
+    num_attention_heads=10,
+    num_key_value_heads=2,  # five queries share a key: four and one
+    head_dim=22,
+    initializer_range=0.2,
+)
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+builds = pytest.mark.skipif(library() is None, reason="no processor or no compiler for it")
+
+
+@pytest.fixture(params=FEATURES)
+def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The function as it is built for processors with these vectors; wider ones run what is for narrower ones."""
+    names = list(FEATURES)
+    if names.index(request.param) < names.index(CAPABILITY):
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+def made(name: str, adapter: bool = False) -> Any:
+    return (test_decoder.adapted if adapter else test_decoder.made)(MODELS[name])
+
+
+@builds
+@pytest.mark.parametrize(
+    ("name", "rows", "adapter"),
+    [
+        *[(name, 6, False) for name in ("llama", "tied", "biased", "mistral", "qwen2", "qwen3")],
+        ("llama", 1, False),
+        ("scaled rotary", 20, False),
+        ("biased", 9, True),
+    ],
+)
+@pytest.mark.usefixtures("vectors")
+def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapter: bool) -> None:
+    """Rows of unequal length that come and go; biases, head norms, adapters, sizes that fill no vector."""
+    model = made(name, adapter)
+    assert computes(base_of(model), torch.float32, vocab=77) and not computes(base_of(model), torch.float32, vocab=3)
+    assert not computes(base_of(model), torch.float64, vocab=77)
+    exact = exactly(model, rows)
+    by_torch, ours = (written(decoders(model, kind, rows, torch.float32), rows) for kind in (Decoder, StepDecoder))
+    error, theirs = ((x - exact).square().mean().sqrt() for x in (ours, by_torch))
+    assert 0 < error <= 1.3 * theirs
+    assert (ours - exact).abs().max() <= 2.0 * (by_torch - exact).abs().max()
+
+
+@builds
+@pytest.mark.usefixtures("vectors")
+def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
+    """To the bit, behind prompts of one token (others are read by PyTorch), beyond the first cache."""
+    model, prompts = made("qwen3"), [(3 + i,) for i in range(20)]
+    assert isinstance(engine_for(model, "auto", vocabulary, prompts, 4, 4), StepDecoder)
+    assert type(engine_for(model, "torch", vocabulary, prompts, 4, 4)) is Decoder
+    once, again = (
+        NativeSampler(batch_size=size, max_new_tokens=GROWTH + 10).write(model, prompts, list(range(20)), vocabulary, 0)
+        for size in (20, 3)
+    )
+    assert once == again
+    assert len({c.ids for c in once}) > 10
+
+
+@builds
+def test_weights_that_are_not_numbers_are_told(vocabulary: Vocabulary) -> None:
+    model = made("llama")
+    sampler = NativeSampler(max_new_tokens=4)
+    sampler.write(model, [(3, 4)], [0], vocabulary, 0)  # the decoder is proven before
+    model.model.layers[1].mlp.gate_proj.weight.data[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        sampler.write(model, [(3, 4)], [0], vocabulary, 0)
+
+
+@builds
+def test_one_token_behind_one_token(vocabulary: Vocabulary) -> None:
+    """The smallest cache there is."""
+    model = made("llama")
+    (told,) = NativeSampler(max_new_tokens=1, temperature=0.0).write(model, [(5,)], [0], vocabulary, 0)
+    assert told.ids == (int(model(torch.tensor([[5]])).logits[0, 0, :77].argmax()),)
