@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from opd_lightning.models.packing import WORTH_SHARING, Call, Layout, lay_out
-from opd_lightning.ops.attention import ShortAttention
+from opd_lightning.ops.attention import CausalAttention
 from opd_lightning.ops.masks import flatten_completions
 from opd_lightning.types import Rendering
 
@@ -22,13 +22,6 @@ NAME = "opd_packed"
 
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 """What some architectures add to their attention scores; here it would be lost."""
-
-SHORT = 256
-"""Up to so many queries a row, `ShortAttention` is the faster one in bfloat16 on a CPU (torch 2.13), forwards and backwards:
-5 times with 64 queries, 2.3 with 192, 1.8 with 256; with 512 it takes 1.1 of the time."""
-
-BLOCKS = range(161, 192)
-"""With so many queries a row in bfloat16, PyTorch's CPU kernel works in blocks half as large as with 192: 1.8 times as long."""
 
 
 def attention(
@@ -65,30 +58,29 @@ def attention(
     added = [name for name in UNKNOWN if kwargs.get(name) is not None]
     if added or kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"{type(module).__name__} is not plain causal attention ({', '.join(added) or 'not causal'})")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (M, heads, d)
-    out = [_attend(call, q, k, v, dropout, scaling) for call in opd_layout.calls]
+    line = [x[0].transpose(0, 1) for x in (query, key, value)]  # (M, heads, d)
+    calls = opd_layout.calls
+    own = zip(*(x.split([stop - start for start, stop in (c.span for c in calls)]) for x in line), strict=True)
+    out = [_attend(call, x, line[1:], dropout, scaling) for call, x in zip(calls, own, strict=True)]
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
-def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float | None) -> Tensor:
-    """(own tokens, heads, d) of the segments of one call."""
-    own = slice(*call.span)
-    queries, keys, values = _rows(q[own], call), _with_context(k, call), _with_context(v, call)
-    if (fast := q.is_cpu and q.dtype == torch.bfloat16) and call.mask is None and call.length in BLOCKS:
-        queries, keys, values = (F.pad(x, (0, 0, 0, BLOCKS.stop - call.length)) for x in (queries, keys, values))
+def _attend(call: Call, own: Sequence[Tensor], line: Sequence[Tensor], dropout: float, scaling: float | None) -> Tensor:
+    """(own tokens, heads, d) of the segments of one call, from their own queries, keys and values and all keys and values."""
+    queries, *seen = (_rows(x, call) for x in own)
+    keys, values = (_with_context(x, whole, call) for x, whole in zip(seen, line, strict=True))
     grouped = queries.shape[1] != keys.shape[1]
-    if grouped and call.mask is not None and not q.is_cpu:  # on a GPU, groups with a mask end in the slow kernel
+    if grouped and call.mask is not None and not queries.is_cpu:  # on a GPU, groups with a mask end in the slow kernel
         keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], 1) for x in (keys, values))
         grouped = False
     states: Tensor
-    if fast and call.length <= SHORT and not dropout and any(x.requires_grad for x in (q, k, v)):
-        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        states = ShortAttention.apply(queries, keys, values, call.mask, scale)
+    if queries.is_cpu and queries.dtype == torch.bfloat16 and not dropout:
+        states = CausalAttention.apply(queries, keys, values, queries.shape[-1] ** -0.5 if scaling is None else scaling)
     else:
         states = scaled_dot_product_attention(
             queries, keys, values, call.mask, dropout, is_causal=call.mask is None, scale=scaling, enable_gqa=grouped
         )
-    out = states[:, :, : call.length].transpose(1, 2).flatten(0, 1)
+    out = states.transpose(1, 2).flatten(0, 1)
     return out if call.unpad is None else out.index_select(0, call.unpad)
 
 
@@ -98,10 +90,9 @@ def _rows(x: Tensor, call: Call) -> Tensor:
     return x.view(call.rows, call.length, *x.shape[1:]).transpose(1, 2)
 
 
-def _with_context(x: Tensor, call: Call) -> Tensor:
+def _with_context(own: Tensor, line: Tensor, call: Call) -> Tensor:
     """(rows, heads, context + length, d)."""
-    own = _rows(x[slice(*call.span)], call)
-    before = [x[slice(*span)].transpose(0, 1).expand(call.rows, -1, -1, -1) for span in call.context]
+    before = [line[slice(*span)].transpose(0, 1).expand(call.rows, -1, -1, -1) for span in call.context]
     return torch.cat([*before, own], 2) if before else own
 
 

@@ -1,4 +1,4 @@
-"""The backward pass of short rows is that of attention."""
+"""Attention in blocks is attention, forwards and backwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.ops import attention
-from opd_lightning.ops.attention import ShortAttention
+from opd_lightning.ops.attention import CausalAttention
 
 
 def drawn(length: int, context: int, dtype: torch.dtype) -> list[Tensor]:
@@ -32,26 +32,28 @@ def reference(inputs: Sequence[Tensor], gradient: Tensor, scale: float, dtype: t
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), gradient.to(dtype))]
 
 
-@pytest.mark.parametrize(("length", "context"), [(1, 0), (7, 0), (7, 5), (1, 9)])
-@pytest.mark.parametrize("held", [1, 2**20], ids=["row by row", "at once"])
-def test_gradients_are_those_of_attention(length: int, context: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("length", "context"), [(1, 0), (7, 0), (7, 5), (1, 9), (32, 0), (33, 1), (70, 30)])
+@pytest.mark.parametrize(("held", "block"), [(1, 128), (2**20, 128), (2**20, 3), (2**20, 32)])
+def test_gradients_are_those_of_attention(
+    length: int, context: int, held: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "SCORES", held)
+    monkeypatch.setattr(attention, "BLOCK", block)
     *inputs, gradient = drawn(length, context, torch.float64)
-    mask = visible(length, context) if context else None
-    out = ShortAttention.apply(*inputs, mask, 0.3)
+    out = CausalAttention.apply(*inputs, 0.3)
     found = [out, *torch.autograd.grad(out, inputs, gradient)]
     torch.testing.assert_close(found, reference(inputs, gradient, 0.3, torch.float64), atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("length", "context"), [(60, 0), (30, 70)])
+@pytest.mark.parametrize(("length", "context"), [(60, 0), (30, 70), (300, 0)])
 def test_bfloat16_is_as_near_to_float64_as_the_definition_in_bfloat16(length: int, context: int) -> None:
     *inputs, gradient = drawn(length, context, torch.bfloat16)
-    mask = visible(length, context) if context else None
-    right = reference(inputs, gradient, 0.35, torch.float64)[1:]
+    right = reference(inputs, gradient, 0.35, torch.float64)
 
     def errors(found: Sequence[Tensor]) -> list[float]:
         return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True)]
 
-    ours = errors(torch.autograd.grad(ShortAttention.apply(*inputs, mask, 0.35), inputs, gradient))
-    naive = errors(reference(inputs, gradient, 0.35, torch.bfloat16)[1:])
+    out = CausalAttention.apply(*inputs, 0.35)
+    ours = errors([out.detach(), *torch.autograd.grad(out, inputs, gradient)])
+    naive = errors(reference(inputs, gradient, 0.35, torch.bfloat16))
     assert all(a <= 1.2 * b for a, b in zip(ours, naive, strict=True)), (ours, naive)
