@@ -1,9 +1,15 @@
-"""Files that travel inside packages."""
+"""Where files lie: those that travel inside packages, and what is kept for the next run."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Where converted checkpoints and compiled functions are kept: ``$OPD_CACHE``, or ``~/.cache/opd_lightning``."""
+    return Path(os.environ.get("OPD_CACHE", "~/.cache/opd_lightning")).expanduser()
 
 
 def packaged_file(path: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "opd_lightning"
 LAYERS = [
-    {"ops", "types", "media", "bars", "clock", "configurable", "memory", "seeds", "paths", "endpoint"},
+    {"ops", "types", "media", "bars", "clock", "configurable", "memory", "seeds", "paths", "compiling", "endpoint"},
     {"objectives", "models", "data", "metrics", "parallel", "schedulers"},
     {"samplers", "sources", "strategies"},
     {"module"},

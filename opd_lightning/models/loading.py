@@ -25,15 +25,10 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from opd_lightning.models.processors import auto_class, looks
-from opd_lightning.paths import packaged_file
+from opd_lightning.paths import cache_dir, packaged_file
 
 ZOO = Path(__file__).resolve().parent.parent / "zoo"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def cache_dir() -> Path:
-    """Where converted checkpoints are kept: ``$OPD_CACHE``, or ``~/.cache/opd_lightning``."""
-    return Path(os.environ.get("OPD_CACHE", "~/.cache/opd_lightning")).expanduser()
 
 
 def zoo_models() -> list[str]:

@@ -22,6 +22,7 @@ from opd_lightning.objectives.targets import Target, TeacherLaw
 from opd_lightning.ops import logprobs as lp
 from opd_lightning.ops.fused import Scored, score_rows
 from opd_lightning.ops.heads import Head
+from opd_lightning.ops.reverse_kl import Compared, compared
 from opd_lightning.types import TOP, TokenLaws, Watch
 
 
@@ -246,6 +247,11 @@ class ObjectiveRows:
         if type(objective.support) is not FullVocab or type(objective.target) is not TeacherLaw:
             return None
         tokens = self.tokens[start:stop]
+        if type(objective.divergence) is ReverseKL and not self.agreement_k and self.known is None:
+            found = compared(logits, others[0], tokens, factors[0], objective.temperature)
+            if found is not None:
+                self._watch(logits, others, start)
+                return Scored([found.value], _measured(found), found.gradient)
         student = lp.log_softmax(logits, objective.temperature)
         teacher = _fixed(others[0], objective, student.dtype)
         probs = student.exp(), teacher.exp()
@@ -363,6 +369,13 @@ def _signals(objective: Axes, scores: Scores, world: World) -> dict[str, Tensor]
     if objective.credit.analytic:
         out["state_cost"] = _state_cost(objective, scores, student, aim)
     return out
+
+
+def _measured(found: Compared) -> dict[Hashable, Tensor]:
+    """What `statistics` and the drawn token's log-probabilities are called in a block."""
+    drawn: dict[Hashable, Tensor] = {(0, "logprob"): found.logprob, (0, "_teacher_logprob"): found.teacher_logprob}
+    entropies = {"student_entropy": found.student_entropy, "teacher_entropy": found.teacher_entropy}
+    return drawn | {"reverse_kl": found.value} | entropies
 
 
 def _of_exact_sum(objective: Axes, value: Tensor) -> dict[Hashable, Tensor]:

@@ -9,33 +9,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from opd_lightning.models.loading import cache_dir
+from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built
 from opd_lightning.samplers.decoder import HEAD_NORMS, Decoder, Norm, Weights
 from opd_lightning.samplers.linear import Linear
 
 SOURCE = Path(__file__).with_name("thin.c")
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "amx-tile", "amx-bf16", "fma")
-FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 STORE, ADD, GATE = 0, 1, 2
 """What `opd_linear` does with its product."""
-
-POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
 def supported() -> bool:
@@ -54,37 +45,6 @@ def library() -> ctypes.CDLL | None:
         found.opd_linear.argtypes, found.opd_linear.restype = linear, None
         found.opd_attend.argtypes, found.opd_attend.restype = attend, None
     return found
-
-
-def built(source: Path, features: Sequence[str]) -> ctypes.CDLL | None:
-    """Functions in C, compiled once and kept in the cache folder; None, which is told, where that cannot be done.
-
-    Args:
-        source: of the functions.
-        features: of the processor, which they may use.
-    """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        return None
-    flags = [*FLAGS, *(f"-m{feature}" for feature in features)]
-    stamp = hashlib.sha256(source.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
-    target = cache_dir() / "compiled" / f"{source.stem}-{stamp}.so"
-    try:
-        if not target.is_file():
-            _build([compiler, *flags, str(source)], target)
-        return ctypes.CDLL(str(target))  # shares the threads of torch, whose libgomp is loaded already
-    except (OSError, subprocess.CalledProcessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        rank_zero_info(f"sampler: {source.name} could not be built, so the decoder in PyTorch writes ({told.strip()[-200:]})")
-        return None
-
-
-def _build(command: list[str], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # several processes may build at once; the last one stays
-        made = Path(folder) / target.name
-        subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True)
-        made.replace(target)
 
 
 def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:

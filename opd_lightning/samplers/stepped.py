@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_lightning.samplers.compiled import INT, LONG, POINTER, built, norms_of
+from opd_lightning.compiling import INT, LONG, POINTER, built
+from opd_lightning.samplers.compiled import norms_of
 from opd_lightning.samplers.decoder import Decoder, Norm, Weights
 from opd_lightning.samplers.linear import Linear
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from opd_lightning.bars import bar
 from opd_lightning.endpoint import Endpoint, Refused, Unreachable, in_parallel
-from opd_lightning.models.loading import cache_dir
 from opd_lightning.models.students import Student
 from opd_lightning.models.teachers.base import Teacher, blind
 from opd_lightning.models.teachers.law_cache import Answer, LawCache, Question, TopKLaws
 from opd_lightning.models.vocabulary import Vocabulary, VocabularyMismatch
+from opd_lightning.paths import cache_dir
 from opd_lightning.types import Rendering
 
 __all__ = ["ServerTeacher"]

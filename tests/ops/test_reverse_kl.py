@@ -1,0 +1,132 @@
+"""The C function against float64, and against what PyTorch makes of the same bfloat16 logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_lightning.objectives import ForwardKL, GeneralizedJSD, Objective, ReverseKL
+from opd_lightning.objectives import rows as objective_rows
+from opd_lightning.ops import logprobs as lp
+from opd_lightning.ops.reverse_kl import Compared, compared, library
+from tests.objectives.test_fused import HEADS, Pair, rollout, shrink
+
+builds = pytest.mark.skipif(library() is None, reason="no processor or no compiler for it")
+FLOOR = lp.floor_of(torch.float32)
+
+
+def laws(rows: int, vocab: int, scale: float = 3.0, padding: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits of both models (rows that lie further apart than they are long), drawn tokens, factors."""
+    draw = torch.Generator().manual_seed(vocab)
+    both = scale * torch.randn(2, rows, vocab + padding, generator=draw)
+    tokens = torch.randint(vocab, (rows,), generator=draw)
+    return *both.bfloat16()[:, :, :vocab], tokens, torch.rand(rows, generator=draw) - 0.3
+
+
+def exactly(student: Tensor, teacher: Tensor, tokens: Tensor, factors: Tensor, temperature: float) -> Compared:
+    """The same in float64, with autograd; log-probabilities are held at float32's floor."""
+    leaf = student.double().requires_grad_()
+    s, t = ((x / temperature).log_softmax(-1).clamp(min=FLOOR) for x in (leaf, teacher.double()))
+    value = (s.exp() * (s - t)).sum(-1)
+    (gradient,) = torch.autograd.grad((factors.double() * value).sum(), leaf)
+    drawn = [lp.gather(x.detach(), tokens) for x in (s, t)]
+    entropies = [-(x.exp() * x).sum(-1).detach() for x in (s, t)]
+    return Compared(value.detach(), drawn[0], drawn[1], entropies[0], entropies[1], gradient)
+
+
+def near(found: Compared | None, exact: Compared) -> None:
+    assert found is not None
+    for name, mine, true in zip(Compared._fields[:-1], found, exact, strict=False):
+        torch.testing.assert_close(mine.double(), true, rtol=2e-6, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+    # rounded once, from float32
+    torch.testing.assert_close(
+        found.gradient.double(), exact.gradient, rtol=2**-8, atol=1e-6 * float(exact.gradient.abs().max())
+    )
+
+
+@builds
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("vocab", [1, 15, 16, 17, 100, 4096, 4097, 49152, 151_936])
+def test_as_in_float64(vocab: int, temperature: float) -> None:
+    given = laws(5, vocab, padding=vocab % 3)
+    near(compared(*given, temperature), exactly(*given, temperature))
+
+
+@builds
+def test_equal_laws_have_no_divergence_and_a_row_does_not_depend_on_others() -> None:
+    student, teacher, tokens, factors = laws(7, 1000)
+    same = compared(student, student, tokens, factors)
+    assert same is not None and not same.value.any() and not same.gradient.any()
+    together, alone = (
+        compared(student, teacher, tokens, factors),
+        compared(student[3:4], teacher[3:4], tokens[3:4], factors[3:4]),
+    )
+    assert together is not None and alone is not None
+    for whole, part in zip(together, alone, strict=True):
+        assert torch.equal(whole[3:4], part)
+
+
+@builds
+def test_the_floor_of_log_probabilities_is_that_of_pytorch() -> None:
+    """Masked logits, and a teacher that is sure of something else: the value depends on where the floor lies."""
+    student, teacher, tokens, factors = laws(6, 333)
+    student[:, 5] = teacher[:, [5, 9]] = -math.inf
+    teacher[1:3, 17] = 95.0
+    student[2, 40] = student[3, 41] = 95.0
+    tokens[0], tokens[1] = 5, 9
+    given = student, teacher, tokens, factors
+    near(compared(*given), exactly(*given, 1.0))
+
+
+@builds
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    for which in (0, 1):
+        given = laws(3, 50)
+        given[which][1, 20] = math.nan
+        found = compared(*given)
+        assert found is not None
+        assert [bool(x) for x in found.value.isnan()] == [False, True, False]
+        assert bool(found.gradient[1].isnan().any()) and not found.gradient[[0, 2]].isnan().any()
+
+
+@builds
+@pytest.mark.parametrize("head", HEADS)
+def test_an_objective_through_it(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and measurements are PyTorch's, gradients as near to float64 as those, whatever the head does to the logits."""
+
+    def run(calls: bool) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+        pair, seen = Pair.random(torch.bfloat16, **HEADS[head]), []
+        with monkeypatch.context() as patch:
+            shrink(patch)
+            patch.setattr(objective_rows, "compared", lambda *a: seen.append(compared(*a)) or (seen[-1] if calls else None))
+            out = Objective(ReverseKL(), temperature=1.5)(pair.student, pair.teacher, rollout())
+            found = torch.autograd.grad(out.loss, [pair.student.hidden, *pair.student.head.trained])
+        assert len(seen) > 3 and all(s is not None for s in seen)
+        return out.loss.detach(), list(found), out.stats.values
+
+    (loss, gradients, stats), (expected, others, known) = run(True), run(False)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    assert stats.keys() == known.keys()
+    for key, values in known.items():
+        torch.testing.assert_close(stats[key], values, rtol=1e-5, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
+    for mine, theirs in zip(gradients, others, strict=True):
+        assert float((mine - theirs).double().norm() / theirs.double().norm()) < 4e-3  # a digit of bfloat16
+
+
+@builds
+def test_nothing_else_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other precisions are left to PyTorch by the function, other divergences by the objective."""
+    shrink(monkeypatch)
+    seen: list[Compared | None] = []
+    monkeypatch.setattr(objective_rows, "compared", lambda *a: seen.append(compared(*a)) or seen[-1])
+    for divergence in (ForwardKL(), GeneralizedJSD(0.3)):
+        pair = Pair.random(torch.bfloat16)
+        Objective(divergence)(pair.student, pair.teacher, rollout())
+    assert not seen
+    for dtype in (torch.float32, torch.float64):
+        pair = Pair.random(dtype)
+        Objective(ReverseKL())(pair.student, pair.teacher, rollout())
+    assert seen and all(found is None for found in seen)
