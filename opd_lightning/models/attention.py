@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from opd_lightning.models.packing import WORTH_SHARING, Call, Layout, lay_out
+from opd_lightning.models.packing import FULL_ENOUGH, WORTH_SHARING, Call, Layout, lay_out
 from opd_lightning.ops.attention import CausalAttention
 from opd_lightning.ops.masks import flatten_completions
 from opd_lightning.types import Rendering
@@ -103,7 +103,8 @@ def completion_states(decoder: Any, text: Rendering) -> Tensor:
     decoder: padding stands behind every real token, so causal attention never sees it and no attention mask is needed.
     """
     if _packs(decoder, text):
-        return line_states(decoder, lay_out(text, None if _draws(decoder) else WORTH_SHARING))
+        worth = None if _draws(decoder) else WORTH_SHARING
+        return line_states(decoder, lay_out(text, worth, FULL_ENOUGH if decoder.dtype == torch.bfloat16 else None))
     return flatten_completions(decoder(input_ids=text.ids, use_cache=False).last_hidden_state, text.mask)
 
 

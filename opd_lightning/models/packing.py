@@ -22,8 +22,9 @@ WORTH_SHARING = 32
 about ten tokens in a layer of 576 units, and less in wider ones."""
 
 FULL_ENOUGH = 0.75
-"""On a GPU, segments attend in one call, padded to the longest of them, if none is shorter than this share of it. A CPU starts
-calls cheaply: there only equal lengths share one."""
+"""On a GPU and in bfloat16, segments attend in one call, padded to the longest of them, if none is shorter than this share of
+it. With 16 rows of 17 to 128 tokens behind one prompt, a pass with backward takes 0.88 of the time of one call for each length.
+In float32 a CPU starts calls cheaply: there only equal lengths share one."""
 
 
 @dataclass(frozen=True)

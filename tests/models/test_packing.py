@@ -233,9 +233,9 @@ def test_rows_of_a_group_draw_their_own_dropout(pair: tuple[Path, Path], source:
     pack_rows(student)
     lengths = []
 
-    def seen(text: Rendering, worth_sharing: int | None) -> Layout:
+    def seen(text: Rendering, worth_sharing: int | None, full_enough: float | None) -> Layout:
         lengths.append(lay_out(text, worth_sharing).ids.shape[1])
-        return lay_out(text, worth_sharing)
+        return lay_out(text, worth_sharing, full_enough)
 
     monkeypatch.setattr(attention_module, "lay_out", seen)
     laws_of(student, rendering("group"), 22).hidden.sum().backward()
