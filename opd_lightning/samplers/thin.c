@@ -110,34 +110,51 @@ static void set_tiles(void) {
     _tile_loadconfig(&tiles);
 }
 
-/* Sixteen rows of a weight times one to four groups of sixteen rows of x: (groups, 16 of the weight, 16 of x) float32. */
-static void block(const bf16 *weight, const bf16 *packed, long width, int groups, float *sums) {
-    long group = width * 16;
+/* Sixteen rows at a and sixteen at b, of a weight, times one or two groups of sixteen rows of x: (groups, a and b, 16 of the
+ * weight, 16 of x) float32. Tiles that follow each other have names of their own, so that loads need not wait for products. */
+static void block(const bf16 *a, const bf16 *b, const bf16 *packed, long width, int groups, float *sums) {
+    long k = 0, apart = width * 2;
+    const bf16 *second = packed + width * 16;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long k = 0; k < width; k += 32, packed += 512) {
-        _tile_loadd(6, weight + k, width * 2);
-        _tile_loadd(7, packed, 64);
-        _tile_dpbf16ps(0, 6, 7);
-        if (groups > 1) {
-            _tile_loadd(7, packed + group, 64);
-            _tile_dpbf16ps(1, 6, 7);
+    if (groups == 1) {
+        for (; k + 64 <= width; k += 64) {
+            _tile_loadd(6, packed + k * 16, 64);
+            _tile_loadd(4, a + k, apart);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, b + k, apart);
+            _tile_dpbf16ps(1, 5, 6);
+            _tile_loadd(7, packed + (k + 32) * 16, 64);
+            _tile_loadd(2, a + k + 32, apart);
+            _tile_dpbf16ps(0, 2, 7);
+            _tile_loadd(3, b + k + 32, apart);
+            _tile_dpbf16ps(1, 3, 7);
         }
-        if (groups > 2) {
-            _tile_loadd(7, packed + 2 * group, 64);
-            _tile_dpbf16ps(2, 6, 7);
+        if (k < width) {
+            _tile_loadd(6, packed + k * 16, 64);
+            _tile_loadd(4, a + k, apart);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, b + k, apart);
+            _tile_dpbf16ps(1, 5, 6);
         }
-        if (groups > 3) {
-            _tile_loadd(7, packed + 3 * group, 64);
-            _tile_dpbf16ps(3, 6, 7);
+    } else {
+        for (; k < width; k += 32) {
+            _tile_loadd(4, a + k, apart);
+            _tile_loadd(6, packed + k * 16, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, b + k, apart);
+            _tile_dpbf16ps(1, 5, 6);
+            _tile_loadd(7, second + k * 16, 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
         }
+        _tile_stored(2, sums + 512, 64);
+        _tile_stored(3, sums + 768, 64);
     }
     _tile_stored(0, sums, 64);
-    if (groups > 1) _tile_stored(1, sums + 256, 64);
-    if (groups > 2) _tile_stored(2, sums + 512, 64);
-    if (groups > 3) _tile_stored(3, sums + 768, 64);
+    _tile_stored(1, sums + 256, 64);
 }
 
 /* Numbers k to k + 32 of up to sixteen rows of x as one tile: pairs of numbers, the rows beside each other. Without a norm
@@ -165,11 +182,11 @@ static void pack(const void *x, int wide, const void *norm, const float *scales,
 void opd_linear(const void *x, long rows, long width, const void *norm, float eps, const bf16 *weight, const bf16 *bias,
                 long out, void *y, int mode, int wide, bf16 *room, int threads) {
     const __m512i column = every16th();
-    long groups = (rows + 15) / 16, at_once = 4 * 16, halves = mode == GATE ? 2 : 1;
+    long groups = (rows + 15) / 16, each = mode == GATE ? 16 : 32; /* outputs of a block */
     float *scales = (float *)(room + groups * 16 * width);
 #pragma omp parallel num_threads(threads)
     {
-        float sums[2][1024]; /* of the weight's first half and second half */
+        float sums[1024];
         set_tiles();
         if (norm) {
 #pragma omp for schedule(static)
@@ -182,17 +199,17 @@ void opd_linear(const void *x, long rows, long width, const void *norm, float ep
             pack(from(x, g * width, norm && wide), wide, norm, scales + g, width, k, some, room + g * width + k * 16);
         }
 #pragma omp for schedule(static)
-        for (long i = 0; i < (out + 15) / 16; i++) {
-            long o = i * 16 > out - 16 ? out - 16 : i * 16; /* the last block may repeat some of the one before */
-            for (long first = 0; first < rows; first += at_once) {
-                long some = rows - first < at_once ? rows - first : at_once;
-                for (long half = 0; half < halves; half++)
-                    block(weight + (o + half * out) * width, room + first * width, width, (int)((some + 15) / 16), sums[half]);
+        for (long i = 0; i < (out + each - 1) / each; i++) {
+            long o = i * each > out - 16 ? out - 16 : i * each; /* the last block may repeat some of the one before */
+            long other = mode == GATE ? o + out : o + 16 > out - 16 ? out - 16 : o + 16;
+            for (long first = 0; first < rows; first += 32) {
+                long some = rows - first < 32 ? rows - first : 32;
+                block(weight + o * width, weight + other * width, room + first * width, width, some > 16 ? 2 : 1, sums);
                 for (long r = 0; r < some; r++) {
-                    long at = r / 16 * 256 + r % 16;
-                    __m512 sum = _mm512_i32gather_ps(column, sums[0] + at, 4);
-                    __m512 up = mode == GATE ? _mm512_i32gather_ps(column, sums[1] + at, 4) : sum;
-                    finish(sum, up, bias ? bias + o : 0, bias ? bias + out + o : 0, y, (first + r) * out + o, mode, wide);
+                    long at = r / 16 * 512 + r % 16, place = (first + r) * out;
+                    __m512 sum = _mm512_i32gather_ps(column, sums + at, 4), next = _mm512_i32gather_ps(column, sums + at + 256, 4);
+                    finish(sum, next, bias ? bias + o : 0, bias ? bias + out + o : 0, y, place + o, mode, wide);
+                    if (mode != GATE && other != o) finish(next, next, bias ? bias + other : 0, 0, y, place + other, mode, wide);
                 }
             }
         }
