@@ -26,7 +26,7 @@ typedef struct {
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 
-/* ---- vectors: ROWS of x times four rows of a weight are summed in registers ------------------------------------------------ */
+/* ---- vectors: ROWS of x times four rows of a weight are summed in registers -------------------------------------------- */
 
 #define AHEAD 4 /* rows of a weight that are asked for, into the second cache, ahead of their use */
 
@@ -119,16 +119,16 @@ static void linear(const float *x, long rows, long width, const float *weight, c
 #pragma omp for schedule(static)
     for (long i = 0; i < (out + 3) / 4; i++) {
         long o = least(4 * i, out - 4); /* the last block may repeat some of the one before */
-        for (long first = 0; first < rows; first += ROWS) {
+        for (long top = 0; top < rows; top += ROWS) {
             const float *some[ROWS];
             float sums[ROWS][4];
-            for (long r = 0; r < ROWS; r++) some[r] = x + least(first + r, rows - 1) * width;
-            if (first == 0)
+            for (long r = 0; r < ROWS; r++) some[r] = x + least(top + r, rows - 1) * width;
+            if (top == 0)
                 products(weight + o * width, some, width, ROWS, 1, sums);
             else
                 products(weight + o * width, some, width, ROWS, 0, sums);
-            for (long r = 0; r < least(ROWS, rows - first); r++) {
-                float *to = y + (first + r) * out + o;
+            for (long r = 0; r < least(ROWS, rows - top); r++) {
+                float *to = y + (top + r) * out + o;
                 for (long j = 0; j < 4; j++) {
                     float sum = sums[r][j] + (bias ? bias[o + j] : 0.0f);
                     to[j] = add ? to[j] + sum : sum;
@@ -163,9 +163,11 @@ static void softmax(float *p, long count, float scale) {
     for (long t = 0; t < count; t++) p[t] /= sum;
 }
 
-/* `rows` query heads against the keys and values of `count` places: y = softmax(scale q k') v. p holds `apart` numbers a head. */
+/* `rows` query heads against the keys and values of `count` places: y = softmax(scale q k') v. The weights of a head take
+ * `apart` numbers of p. */
 static inline __attribute__((always_inline)) void read_heads(const float *q, const float *keys, const float *values, long count,
-                                                             long size, float scale, const int rows, float *p, long apart, float *y) {
+                                                             long size, float scale, const int rows, float *p, long apart,
+                                                             float *y) {
     const float *own[ROWS];
     float sums[ROWS][4];
     for (int r = 0; r < rows; r++) own[r] = q + r * size;
@@ -188,7 +190,8 @@ static inline __attribute__((always_inline)) void read_heads(const float *q, con
 }
 
 /* Write this step's keys and values into the cache, then attend. Called by all threads. */
-static void attend(const Model *m, const Layer *l, const float *heads, long rows, const int64_t *places, float *p, float *mixed) {
+static void attend(const Model *m, const Layer *l, const float *heads, long rows, const int64_t *places, float *p,
+                   float *mixed) {
     long size = m->size, shared = m->queries / m->keys, of_row = (m->queries + 2 * m->keys) * size, apart = m->room + 4;
 #pragma omp for schedule(static)
     for (long n = 0; n < rows * m->keys; n++) {

@@ -207,9 +207,11 @@ void opd_linear(const void *x, long rows, long width, const void *norm, float ep
                 block(weight + o * width, weight + other * width, room + first * width, width, some > 16 ? 2 : 1, sums);
                 for (long r = 0; r < some; r++) {
                     long at = r / 16 * 512 + r % 16, place = (first + r) * out;
-                    __m512 sum = _mm512_i32gather_ps(column, sums + at, 4), next = _mm512_i32gather_ps(column, sums + at + 256, 4);
+                    __m512 sum = _mm512_i32gather_ps(column, sums + at, 4);
+                    __m512 next = _mm512_i32gather_ps(column, sums + at + 256, 4);
                     finish(sum, next, bias ? bias + o : 0, bias ? bias + out + o : 0, y, place + o, mode, wide);
-                    if (mode != GATE && other != o) finish(next, next, bias ? bias + other : 0, 0, y, place + other, mode, wide);
+                    if (mode != GATE && other != o)
+                        finish(next, next, bias ? bias + other : 0, 0, y, place + other, mode, wide);
                 }
             }
         }
