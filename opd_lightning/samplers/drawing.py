@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd_lightning.samplers import stepped
+
 BLOCK = 256
 """Entries that are summed before the search: about the square root of a large vocabulary, so both levels are short."""
 
@@ -25,11 +27,13 @@ class Law:
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: keeps the smallest set of tokens with at least this mass; 1 keeps all.
         top_k: keeps this many likeliest tokens; 0 keeps all.
+        functions: whether a C function may draw from a large vocabulary that is not cut.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    functions: bool = True
 
     def sample(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """One token a row, and its log-probability under this law.
@@ -38,6 +42,11 @@ class Law:
             logits: (rows, V).
             uniform: (rows,) in [0, 1).
         """
+        whole = self.temperature > 0.0 and self.top_p == 1.0 and not 0 < self.top_k < logits.shape[1]
+        if self.functions and whole and logits.shape[1] > SHORT:
+            found = stepped.draw(logits, uniform, self.temperature)
+            if found is not None:
+                return found
         at_once = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
         drawn, recorded = [], []
         for some, points in zip(logits.split(at_once), uniform.split(at_once), strict=True):

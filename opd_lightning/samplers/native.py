@@ -127,7 +127,7 @@ class NativeSampler(Configurable):
         on_progress: Callable[[int], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens and log-probabilities (prompts, max_new_tokens), lengths and ends (prompts,) of all completions."""
-        law = Law(self.temperature, self.top_p, self.top_k)
+        law = Law(self.temperature, self.top_p, self.top_k, functions=self.engine == "auto")
         randoms = uniforms(list(seeds), self.max_new_tokens).to(device)
         ends = torch.tensor(vocabulary.eos_ids, device=device)
         lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)

@@ -1,4 +1,5 @@
-/* One decoding step in float32: a token a row goes in, its logits come out, in one call. Few rows meet many weights, so weights
+/* One decoding step in float32: a token a row goes in, its logits come out, in one call; and one draw a row from such logits,
+ * or from bfloat16 ones. Few rows meet many weights, so weights
  * are read once, in order, by all cores, and nothing is done between two products but what belongs there.
  *
  * Plain C, built by compiled.py with the machine's C compiler when it is needed; `omp simd` loops become vector instructions
@@ -36,9 +37,22 @@ static inline long least(long a, long b) { return a < b ? a : b; }
 typedef __m512 vec;
 typedef __mmask16 mask;
 static inline mask first(long n) { return (mask)(n >= LANES ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
+static inline vec each(float x) { return _mm512_set1_ps(x); }
 static inline vec all(const float *x) { return _mm512_loadu_ps(x); }
 static inline vec get(const float *x, mask some) { return _mm512_maskz_loadu_ps(some, x); }
 static inline void put(float *x, mask some, vec y) { _mm512_mask_storeu_ps(x, some, y); }
+static inline vec larger(vec x, vec y) { return _mm512_max_ps(x, y); } /* of two operands, NaN in the second is kept */
+static inline vec smaller(vec x, vec y) { return _mm512_min_ps(x, y); }
+static inline vec whole(vec x) { return _mm512_roundscale_ps(x, 0); }
+static inline vec scaled(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x 2^n */
+static inline vec only(vec x, mask some) { return _mm512_maskz_mov_ps(some, x); }
+static inline vec least_where(vec x, mask some) { return _mm512_mask_mov_ps(each(-INFINITY), some, x); }
+static inline vec zero_below(vec x, vec y, float limit) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, each(limit), _CMP_LT_OQ), _mm512_setzero_ps());
+}
+static inline vec halves(const uint16_t *x, mask some) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
+}
 static inline float total(vec x) { return _mm512_reduce_add_ps(x); }
 #else
 #define LANES 8
@@ -48,9 +62,26 @@ typedef __m256i mask;
 static inline mask first(long n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)least(n, LANES)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
+static inline vec each(float x) { return _mm256_set1_ps(x); }
 static inline vec all(const float *x) { return _mm256_loadu_ps(x); }
 static inline vec get(const float *x, mask some) { return _mm256_maskload_ps(x, some); }
 static inline void put(float *x, mask some, vec y) { _mm256_maskstore_ps(x, some, y); }
+static inline vec larger(vec x, vec y) { return _mm256_max_ps(x, y); }
+static inline vec smaller(vec x, vec y) { return _mm256_min_ps(x, y); }
+static inline vec whole(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline vec scaled(vec x, vec n) {
+    return x * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+static inline vec only(vec x, mask some) { return _mm256_and_ps(x, _mm256_castsi256_ps(some)); }
+static inline vec least_where(vec x, mask some) { return _mm256_blendv_ps(each(-INFINITY), x, _mm256_castsi256_ps(some)); }
+static inline vec zero_below(vec x, vec y, float limit) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, each(limit), _CMP_LT_OQ), y);
+}
+static inline vec halves(const uint16_t *x, mask some) {
+    uint16_t near[LANES] = {0};
+    memcpy(near, x, (size_t)_mm_popcnt_u32((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(some))) * sizeof *x);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)near)), 16));
+}
 static inline float total(vec x) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -58,28 +89,26 @@ static inline float total(vec x) {
 }
 #endif
 
-/* ---- parts of a layer -------------------------------------------------------------------------------------------------- */
+static inline float largest(vec x) {
+    float found[LANES], most = -INFINITY;
+    put(found, first(LANES), x);
+    for (int i = 0; i < LANES; i++) most = found[i] > most ? found[i] : most;
+    return most;
+}
 
 /* e^x by 2^n and a polynomial: relative error below 3e-7. What is not a number stays so. */
-static inline float exp_of(float x) {
-    union {
-        int32_t bits;
-        float number;
-    } power;
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    int32_t n = (int32_t)(x * 1.44269504f + (x < 0.0f ? -0.5f : 0.5f));
-    float r = (x - (float)n * 0.693359375f) + (float)n * 2.12194440e-4f;
-    float p = 1.0f / 720;
-    p = p * r + 1.0f / 120;
+static inline vec exp_of(vec x) {
+    vec held = smaller(each(88.0f), larger(each(-87.0f), x)), n = whole(held * 1.44269504f);
+    vec r = (held - n * 0.693359375f) + n * 2.12194440e-4f, p = r * (1.0f / 720) + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    power.bits = (n + 127) << 23;
-    return p * power.number;
+    return scaled(p, n);
 }
+
+/* ---- parts of a layer -------------------------------------------------------------------------------------------------- */
 
 /* y = weight * x / (root mean square of x) */
 static void norm_of(const float *x, const float *weight, long width, float eps, float *y) {
@@ -151,16 +180,17 @@ static void turn(const float *x, const float *norm, const float *cos, const floa
 
 /* p = softmax(scale p) of `count` numbers */
 static void softmax(float *p, long count, float scale) {
-    float most = -INFINITY, sum = 0.0f;
-#pragma omp simd reduction(max : most)
-    for (long t = 0; t < count; t++) most = p[t] > most ? p[t] : most;
-#pragma omp simd reduction(+ : sum)
-    for (long t = 0; t < count; t++) {
-        p[t] = exp_of((p[t] - most) * scale);
-        sum += p[t];
+    vec most = each(-INFINITY), sum = each(0.0f);
+    for (long t = 0; t < count; t += LANES) most = larger(most, least_where(get(p + t, first(count - t)), first(count - t)));
+    vec top = each(largest(most));
+    for (long t = 0; t < count; t += LANES) {
+        mask here = first(count - t);
+        vec found = only(exp_of((get(p + t, here) - top) * scale), here);
+        put(p + t, here, found);
+        sum += found;
     }
-#pragma omp simd
-    for (long t = 0; t < count; t++) p[t] /= sum;
+    vec share = each(1.0f / total(sum));
+    for (long t = 0; t < count; t += LANES) put(p + t, first(count - t), get(p + t, first(count - t)) * share);
 }
 
 /* `rows` query heads against the keys and values of `count` places: y = softmax(scale q k') v. The weights of a head take
@@ -218,6 +248,15 @@ static void attend(const Model *m, const Layer *l, const float *heads, long rows
     }
 }
 
+/* y = silu(gate) * up of one row. */
+static void gate_row(const float *gate, const float *up, long inner, float *y) {
+    for (long i = 0; i < inner; i += LANES) {
+        mask here = first(inner - i);
+        vec x = get(gate + i, here);
+        put(y + i, here, x / (1.0f + exp_of(-x)) * get(up + i, here));
+    }
+}
+
 static void norm_rows(const float *x, const float *weight, long rows, long width, float eps, float *y) {
 #pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) norm_of(x + r * width, weight, width, eps, y + r * width);
@@ -248,15 +287,79 @@ void opd_step(const Model *m, const int64_t *ids, const int64_t *places, long ro
             norm_rows(x, l->before_mlp, rows, width, m->eps, normal);
             linear(normal, rows, width, l->gate_up, l->gate_up_bias, 2 * inner, both, 0);
 #pragma omp for schedule(static)
-            for (long r = 0; r < rows; r++) {
-                float *gate = both + r * 2 * inner, *up = gate + inner, *y = inside + r * inner;
-#pragma omp simd
-                for (long i = 0; i < inner; i++) y[i] = gate[i] / (1.0f + exp_of(-gate[i])) * up[i];
-            }
+            for (long r = 0; r < rows; r++)
+                gate_row(both + r * 2 * inner, both + (r * 2 + 1) * inner, inner, inside + r * inner);
             linear(inside, rows, inner, l->down, l->down_bias, width, x, 1);
         }
         norm_rows(x, m->norm, rows, width, m->eps, normal);
         linear(normal, rows, width, m->head, m->head_bias, m->vocab, logits, 0);
         free(p);
+    }
+}
+
+/* ---- from logits to tokens --------------------------------------------------------------------------------------------- */
+
+#define BLOCK 256
+
+/* Numbers i on, of float32 or bfloat16 ones. */
+static inline vec numbers_at(const void *x, long i, mask some, int half) {
+    return half ? halves((const uint16_t *)x + i, some) : get((const float *)x + i, some);
+}
+
+/* Probabilities but for a factor; 0 where one is no normal number beside the largest. */
+static inline vec weights_at(const void *x, long i, mask some, float top, float scale, int half) {
+    vec far = (numbers_at(x, i, some, half) - top) * scale;
+    return only(zero_below(far, exp_of(far), -87.0f), some);
+}
+
+/* The first token at which the running sum passes the share `uniform` of the whole; one that has mass, if any does. */
+static int64_t drawn(const void *x, long size, float scale, float uniform, float *mass, int half, float *logprob) {
+    vec most = each(-INFINITY);
+    double sum = 0.0, running = 0.0, before = 0.0;
+    long block = 0, place = 0;
+    for (long i = 0; i < size; i += LANES) {
+        mask here = first(size - i);
+        most = larger(most, least_where(numbers_at(x, i, here, half), here));
+    }
+    float top = largest(most), weights[BLOCK];
+    for (long start = 0; start < size; start += BLOCK) {
+        vec part = each(0.0f);
+        for (long i = start; i < least(start + BLOCK, size); i += LANES)
+            part += weights_at(x, i, first(size - i), top, scale, half);
+        mass[start / BLOCK] = total(part);
+        sum += mass[start / BLOCK];
+    }
+    double point = uniform * sum;
+    for (long b = 0; b < (size + BLOCK - 1) / BLOCK; b++) {
+        if (mass[b] > 0.0f) block = b, before = running;
+        running += mass[b];
+        if (running > point) break;
+    }
+    running = before;
+    long start = block * BLOCK;
+    for (long i = 0; i < BLOCK; i += LANES)
+        put(weights + i, first(LANES), weights_at(x, start + i, first(size - start - i), top, scale, half));
+    for (long i = 0; i < BLOCK; i++) {
+        if (weights[i] > 0.0f) place = start + i;
+        running += weights[i];
+        if (weights[i] > 0.0f && running > point) break;
+    }
+    *logprob = (total(numbers_at(x, place, first(1), half)) - top) * scale - (float)log(sum);
+    return place;
+}
+
+/* One token a row, and its log-probability under softmax(scale * logits); rows of logits, which are bfloat16 if `half`, are
+ * `apart` numbers from each other. */
+void opd_draw(const void *logits, long rows, long apart, long size, float scale, const float *uniforms, int half,
+              int64_t *tokens, float *logprobs, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float *mass = malloc((size_t)(size / BLOCK + 1) * sizeof *mass);
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; r++) {
+            const char *x = (const char *)logits + r * apart * (half ? 2 : 4);
+            tokens[r] = drawn(x, size, scale, uniforms[r], mass, half, logprobs + r);
+        }
+        free(mass);
     }
 }
