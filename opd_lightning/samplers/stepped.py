@@ -140,6 +140,12 @@ class StepDecoder(Decoder):
         self.space = torch.empty(found.opd_room(self.model, rows))
         self._point()
 
+    def _reserve(self, length: int) -> None:
+        room = self.room
+        super()._reserve(length)
+        if room != self.room:
+            self._point()
+
     def _point(self) -> None:
         """Tell where the cache lies."""
         self.model.room = self.room
@@ -148,10 +154,7 @@ class StepDecoder(Decoder):
 
     @torch.inference_mode()
     def step(self, ids: Tensor) -> Tensor:
-        room = self.room
         self._reserve(max(self.lengths) + 1)
-        if room != self.room:
-            self._point()
         logits = self.weights.embedding.new_empty(len(ids), self.vocab)
         self.c.opd_step(
             *(self.model, ids.data_ptr(), self.places.data_ptr(), len(ids)),
