@@ -24,7 +24,7 @@ def two_processes(script: str, *arguments: object, timeout: int = 240) -> str:
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stderr[:6000]}\n...\n{done.stderr[-6000:]}"  # the first error is the cause
     return done.stdout + done.stderr
 
 
