@@ -56,13 +56,17 @@ def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:
         vocab: rows of the head that carry a token.
     """
     config, attention, stream = base.config, base.model.layers[0].self_attn, base.model.embed_tokens.weight
-    if dtype != torch.bfloat16 or stream.dtype not in (dtype, torch.float32) or config.hidden_act not in ("silu", "swish"):
-        return False
-    if any(norm.weight.dtype != stream.dtype for norm in norms_of(base)):
+    if dtype != torch.bfloat16 or stream.dtype not in (dtype, torch.float32) or not regular(base):
         return False
     sizes = (config.hidden_size, config.intermediate_size, attention.head_dim)
     fit = all(size % 32 == 0 for size in sizes) and attention.head_dim <= 256 and vocab >= 16
     return fit and stream.is_cpu and library() is not None
+
+
+def regular(base: Any) -> bool:
+    """Whether gates are SiLU and all norms have the precision of the residual stream."""
+    stream = base.model.embed_tokens.weight.dtype
+    return base.config.hidden_act in ("silu", "swish") and all(norm.weight.dtype == stream for norm in norms_of(base))
 
 
 def norms_of(base: Any) -> Iterator[Any]:

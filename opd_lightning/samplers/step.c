@@ -2,7 +2,7 @@
  * or from bfloat16 ones. Few rows meet many weights, so weights
  * are read once, in order, by all cores, and nothing is done between two products but what belongs there.
  *
- * Plain C, built by compiled.py with the machine's C compiler when it is needed; `omp simd` loops become vector instructions
+ * Plain C, built by compiling.py with the machine's C compiler when it is needed; `omp simd` loops become vector instructions
  * of the width that the flags allow. Each row is computed by itself, whatever other rows there are, in one order of summation.
  */
 #include <immintrin.h>

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built
-from opd_lightning.samplers.compiled import norms_of
+from opd_lightning.samplers.compiled import norms_of, regular
 from opd_lightning.samplers.decoder import Decoder, Norm, Weights
 from opd_lightning.samplers.linear import Linear
 
@@ -78,10 +78,9 @@ def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:
         vocab: rows of the head that carry a token.
     """
     config, stream = base.config, base.model.embed_tokens.weight
-    if dtype != torch.float32 or stream.dtype != dtype or config.hidden_act not in ("silu", "swish"):
+    if dtype != torch.float32 or stream.dtype != dtype or not regular(base):
         return False
-    norms = [Norm(norm) for norm in norms_of(base)]
-    if any(norm.weight.dtype != dtype or norm.eps != norms[0].eps for norm in norms):
+    if len({float(Norm(norm).eps) for norm in norms_of(base)}) > 1:
         return False
     fit = config.hidden_size % 4 == 0 and base.model.layers[0].self_attn.head_dim % 2 == 0 and vocab >= 4
     return fit and stream.is_cpu and library() is not None

@@ -1,5 +1,5 @@
 /* Decoding steps in bfloat16 on x86-64: few rows meet many weights, so what counts is that weights are read once, in order, by
- * all cores, and that nothing else is done between them. Built by compiled.py with the machine's C compiler, when it is needed.
+ * all cores, and that nothing else is done between them. Built by compiling.py with the machine's C compiler, when it is needed.
  *
  * Rounding follows transformers: every product of a layer, every norm and every sum of the residual stream is rounded to
  * bfloat16; sums are taken in float32. `wide`: the residual stream and the norms' weights are float32, as under mixed

@@ -99,11 +99,10 @@ def vocabulary(pair: tuple[Path, Path]) -> Vocabulary:
     return replace(Vocabulary.of(Student(str(pair[0])).tokenizer()), size=77, eos_ids=(2,))
 
 
-@builds
-def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
+def assert_rows_do_not_depend_on_their_batch(model: Any, kind: type[Decoder], vocabulary: Vocabulary) -> None:
     """To the bit, behind prompts of one token (others are read by PyTorch), beyond the first cache."""
-    model, prompts = made("qwen2"), [(3 + i,) for i in range(20)]
-    assert isinstance(engine_for(model, "auto", vocabulary, prompts, 4, 4), CompiledDecoder)
+    prompts = [(3 + i,) for i in range(20)]
+    assert isinstance(engine_for(model, "auto", vocabulary, prompts, 4, 4), kind)
     assert type(engine_for(model, "torch", vocabulary, prompts, 4, 4)) is Decoder
     once, again = (
         NativeSampler(batch_size=size, max_new_tokens=GROWTH + 10).write(model, prompts, list(range(20)), vocabulary, 0)
@@ -114,13 +113,22 @@ def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
 
 
 @builds
-def test_weights_that_are_not_numbers_are_told(vocabulary: Vocabulary) -> None:
-    model = made("llama")
+def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
+    assert_rows_do_not_depend_on_their_batch(made("qwen2"), CompiledDecoder, vocabulary)
+
+
+def assert_no_number_is_told(model: Any, layer: str, vocabulary: Vocabulary) -> None:
+    """After one weight of a layer of the feed-forward part became NaN."""
     sampler = NativeSampler(max_new_tokens=4)
     sampler.write(model, [(3, 4)], [0], vocabulary, 0)  # the decoder is proven before
-    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+    getattr(model.model.layers[1].mlp, layer).weight.data[3, 5] = torch.nan
     with pytest.raises(FloatingPointError, match="not numbers"):
         sampler.write(model, [(3, 4)], [0], vocabulary, 0)
+
+
+@builds
+def test_weights_that_are_not_numbers_are_told(vocabulary: Vocabulary) -> None:
+    assert_no_number_is_told(made("llama"), "down_proj", vocabulary)
 
 
 @pytest.mark.skipif(not compiled.supported(), reason="no processor for it")

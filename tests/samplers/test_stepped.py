@@ -12,10 +12,16 @@ from opd_lightning.models import Vocabulary
 from opd_lightning.models.lora import base_of
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.samplers.decoder import GROWTH, Decoder, Weights
-from opd_lightning.samplers.engines import engine_for
 from opd_lightning.samplers.stepped import FEATURES, StepDecoder, computes, library
 from tests.samplers import test_decoder
-from tests.samplers.test_compiled import decoders, exactly, vocabulary, written
+from tests.samplers.test_compiled import (
+    assert_no_number_is_told,
+    assert_rows_do_not_depend_on_their_batch,
+    decoders,
+    exactly,
+    vocabulary,
+    written,
+)
 
 __all__ = ["vocabulary"]  # a fixture
 
@@ -74,16 +80,7 @@ def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapte
 @builds
 @pytest.mark.usefixtures("vectors")
 def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
-    """To the bit, behind prompts of one token (others are read by PyTorch), beyond the first cache."""
-    model, prompts = made("qwen3"), [(3 + i,) for i in range(20)]
-    assert isinstance(engine_for(model, "auto", vocabulary, prompts, 4, 4), StepDecoder)
-    assert type(engine_for(model, "torch", vocabulary, prompts, 4, 4)) is Decoder
-    once, again = (
-        NativeSampler(batch_size=size, max_new_tokens=GROWTH + 10).write(model, prompts, list(range(20)), vocabulary, 0)
-        for size in (20, 3)
-    )
-    assert once == again
-    assert len({c.ids for c in once}) > 10
+    assert_rows_do_not_depend_on_their_batch(made("qwen3"), StepDecoder, vocabulary)
 
 
 @builds
@@ -106,12 +103,7 @@ def test_a_row_that_joins_as_the_cache_grows() -> None:
 
 @builds
 def test_weights_that_are_not_numbers_are_told(vocabulary: Vocabulary) -> None:
-    model = made("llama")
-    sampler = NativeSampler(max_new_tokens=4)
-    sampler.write(model, [(3, 4)], [0], vocabulary, 0)  # the decoder is proven before
-    model.model.layers[1].mlp.gate_proj.weight.data[3, 5] = torch.nan
-    with pytest.raises(FloatingPointError, match="not numbers"):
-        sampler.write(model, [(3, 4)], [0], vocabulary, 0)
+    assert_no_number_is_told(made("llama"), "gate_proj", vocabulary)
 
 
 @builds
