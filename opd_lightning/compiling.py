@@ -18,6 +18,9 @@ from opd_lightning.paths import cache_dir
 
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
+SHARED = Path(__file__).with_suffix(".h")
+"""What several sources include. Beside a source may lie headers of its own."""
+
 POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
@@ -35,11 +38,13 @@ def built(source: Path, features: Sequence[str]) -> ctypes.CDLL | None:
 
 @functools.cache
 def _built(source: Path, compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
-    stamp = hashlib.sha256(source.read_bytes() + " ".join([compiler, *flags]).encode()).hexdigest()[:16]
+    read = (source, SHARED, *sorted(source.parent.glob("*.h")))
+    text = b"".join(file.read_bytes() for file in read) + " ".join([compiler, *flags]).encode()
+    stamp = hashlib.sha256(text).hexdigest()[:16]
     target = cache_dir() / "compiled" / f"{source.stem}-{stamp}.so"
     try:
         if not target.is_file():
-            _build([compiler, *flags, str(source)], target)
+            _build([compiler, *flags, f"-I{SHARED.parent}", str(source)], target)
         return ctypes.CDLL(str(target))  # shares the threads of torch, whose libgomp is loaded already
     except (OSError, subprocess.CalledProcessError) as error:
         told = getattr(error, "stderr", None) or str(error)

@@ -137,7 +137,7 @@ class GradedTeacher(TeacherSource):
         return [
             i
             for i, (c, score) in enumerate(zip(written, scores, strict=True))
-            if not c.ended or score < self.min_score or repeated(torch.tensor(c.ids)) > self.max_repetition
+            if not c.ended or score < self.min_score or float(repeated([torch.tensor(c.ids)])) > self.max_repetition
         ]
 
     def _file(self, prompts: Sequence[Prompt], writers: Writers) -> Path | None:

@@ -77,6 +77,7 @@ class RolloutRefresh(Logging):
         self.buffer: RolloutBuffer | None = None
         self.total_tokens = 0  # completion tokens handed to training so far, over all ranks
         self.measured: dict[str, float | torch.Tensor] = {}  # of the refresh in use; logged with every step of it
+        self._on_text = Repetition(), DistinctNGrams()  # to make them takes longer than to use them
         self._loaded: dict[str, Any] | None = None
         self._alone = False
         self._ahead: Ahead | None = None
@@ -339,10 +340,11 @@ class RolloutRefresh(Logging):
         local = [written, float(len(rollout)), float((~rollout.ended).sum()), seconds / parallel.world_size()]
         tokens, count, truncated, mean_seconds = parallel.sum_over_ranks(local)
         self.total_tokens += int(tokens)
-        texts = [ids[mask] for ids, mask in zip(rollout.text.targets, rollout.written, strict=True)]
-        again, distinct = Repetition().to(device), DistinctNGrams().to(device)
-        again.update(texts)
-        distinct.update(texts)
+        texts = rollout.text.targets[rollout.written].split(rollout.written.sum(-1).tolist())
+        again, distinct = (metric.to(device) for metric in self._on_text)
+        for metric in (again, distinct):
+            metric.reset()
+            metric.update(texts)
         on_text = {"rollout/repetition": float(again.compute()), "rollout/distinct": float(distinct.compute())}
         if rollout.outcome is not None:
             on_text["rollout/grade"] = parallel.sum_over_ranks([float(rollout.outcome.sum())])[0] / count

@@ -31,14 +31,31 @@ def ngrams(ids: Tensor, n: int) -> Tensor:
     return (ids.long().unfold(0, n, 1) * places).sum(-1)
 
 
-def repeated(ids: Tensor, n: int = 3) -> float:
-    """Share of a completion's n-grams that stood in it before; NaN for fewer than n tokens.
-
-    >>> repeated(torch.tensor([5, 5, 5, 5]), n=1)
-    0.75
-    """
+def _of_each(completions: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
+    """N-grams of many completions in one line, and the number of the completion of each."""
+    ids = torch.cat([completions[0][:0], *completions])
+    lengths = torch.tensor([len(c) for c in completions], device=ids.device)
+    row = torch.arange(len(completions), device=ids.device).repeat_interleave(lengths, output_size=len(ids))
     codes = ngrams(ids, n)
-    return 1.0 - codes.unique().numel() / len(codes) if len(codes) else torch.nan
+    within = row[: len(codes)] == row[len(ids) - len(codes) :]  # the others begin in one completion and end in the next
+    return codes[within], row[: len(codes)][within]
+
+
+def repeated(completions: Sequence[Tensor], n: int = 3) -> Tensor:
+    """(B,) float64, the share of each completion's n-grams that stood in it before; NaN for fewer than n tokens.
+
+    Args:
+        completions: one or more, tokens (L,) of each.
+        n: 1 to 3.
+
+    >>> repeated([torch.tensor([5, 5, 5, 5]), torch.tensor([5, 6])], n=1).tolist()
+    [0.75, 0.0]
+    """
+    codes, row = _of_each(completions, n)
+    kinds = codes.unique(return_inverse=True)[1]
+    distinct = (row * len(codes) + kinds).unique().div(max(len(codes), 1), rounding_mode="floor")
+    of_row, all_of_row = (x.bincount(minlength=len(completions)).double() for x in (distinct, row))
+    return 1.0 - of_row / all_of_row
 
 
 class _OfNGrams:
@@ -65,8 +82,8 @@ class Repetition(_OfNGrams, TokenMean):
         self.n = self.check(n)
 
     def update(self, completions: Sequence[Tensor]) -> None:  # type: ignore[override]
-        shares = [repeated(ids, self.n) for ids in completions]
-        super().update(torch.tensor(shares, dtype=torch.float64, device=self.total.device))
+        if completions:
+            super().update(repeated(completions, self.n).to(self.total.device))
 
 
 class DistinctNGrams(_OfNGrams, Metric):
@@ -92,9 +109,10 @@ class DistinctNGrams(_OfNGrams, Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, completions: Sequence[Tensor]) -> None:
-        found = torch.cat([ngrams(ids.to(self.count.device), self.n) for ids in completions])
-        self.count += len(found)
-        self.codes.append(found.unique())
+        if completions:
+            found = _of_each(completions, self.n)[0].to(self.count.device)
+            self.count += len(found)
+            self.codes.append(found.unique())
 
     def compute(self) -> Tensor:
         """NaN if there was nothing."""

@@ -4,11 +4,9 @@
  *
  * Each row is computed by itself, whatever other rows there are, in one order of summation.
  */
-#include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 
-typedef uint16_t bf16;
+#include "compiling.h"
 
 /* The least log-probability, log(FLT_MIN), as `floor_of` in logprobs.py says. */
 #define FLOOR -87.33654f
@@ -18,8 +16,6 @@ typedef uint16_t bf16;
 
 /* One model's row: its logits, the largest of them, and 1 / temperature. */
 typedef struct { const bf16 *logits; __m512 top, scale; } Row;
-
-static inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
 static inline __mmask16 first(long count) { return count < 16 ? (__mmask16)((1u << count) - 1) : (__mmask16)0xffff; }
 
@@ -31,21 +27,6 @@ static inline __m512 take(const bf16 *x, long i, long size) {
 /* The same as log-probabilities that lack the row's constant, not below `least`. Of two operands, NaN in the second is kept. */
 static inline __m512 shifted(Row row, long i, long size, __m512 least) {
     return _mm512_max_ps(least, _mm512_mul_ps(_mm512_sub_ps(take(row.logits, i, size), row.top), row.scale));
-}
-
-/* e^x for x at most 0, by 2^n and a polynomial: relative error below 3e-7. What is not a number stays so. */
-static inline __m512 exp16(__m512 x) {
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
 }
 
 static Row row_of(const bf16 *x, long size, float scale) {

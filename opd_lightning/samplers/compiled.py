@@ -1,8 +1,10 @@
-"""Decoding steps in bfloat16 by two C functions (`thin.c`), on processors that multiply tiles of it (Xeon since 2023).
+"""Decoding steps in bfloat16 by a C function (`thin.c`), on processors that multiply it: tiles (Xeon since 2023) or vectors
+(EPYC since 2022).
 
-With few rows a step is the reading of the weights, and small PyTorch calls take longer than they compute. The functions read
-the weights as they lie and join what lies between two products; under mixed precision the residual stream stays in float32.
-They are built once, with the C compiler of the machine; where there is none the decoder in PyTorch does the same.
+With few rows a step is the reading of the weights, and small PyTorch calls take longer than they compute. One function takes
+the weights as they lie, with the adapters beside them, and computes a whole step; under mixed precision the residual stream
+stays in float32. It is built once, with the C compiler of the machine; where there is none the decoder in PyTorch does the
+same.
 """
 
 from __future__ import annotations
@@ -11,44 +13,87 @@ import ctypes
 import functools
 import platform
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built
-from opd_lightning.samplers.decoder import HEAD_NORMS, Decoder, Norm, Weights
+from opd_lightning.compiling import INT, LONG, POINTER, built
+from opd_lightning.samplers.decoder import Weights
+from opd_lightning.samplers.functions import FunctionDecoder, at, regular
 from opd_lightning.samplers.linear import Linear
 
 SOURCE = Path(__file__).with_name("thin.c")
-FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "amx-tile", "amx-bf16", "fma")
-STORE, ADD, GATE = 0, 1, 2
-"""What `opd_linear` does with its product."""
+FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma")
+TILES = ("amx-tile", "amx-bf16")
+
+
+class _Linear(ctypes.Structure):
+    """`Linear` of the C source."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("weight", "bias", "down", "up")),
+        ("out", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+    )
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of the C source."""
+
+    _fields_ = (
+        *((name, _Linear) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, POINTER) for name in ("before_attention", "before_mlp", "query_norm", "key_norm", "cache")),
+    )
+
+
+class _Model(ctypes.Structure):
+    """`Model` of the C source."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, POINTER) for name in ("embedding", "norm")),
+        ("head", _Linear),
+        *((name, POINTER) for name in ("cos", "sin")),
+        *((name, ctypes.c_int64) for name in ("count", "width", "inner", "queries", "keys", "size", "room", "wide")),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
+    )
+
+
+class _Space(ctypes.Structure):
+    """`Space` of the C source."""
+
+    _fields_ = tuple((name, POINTER) for name in ("x", "heads", "mixed", "inside", "tiles", "scales", "low"))
 
 
 def supported() -> bool:
-    """Whether this processor multiplies tiles (AMX), and the system lets this process do so."""
-    here = sys.platform == "linux" and platform.machine() == "x86_64"
-    return here and bool(torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+    """Whether this processor multiplies bfloat16."""
+    return sys.platform == "linux" and platform.machine() == "x86_64" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def has_tiles() -> bool:
+    """Whether it multiplies tiles of it (AMX), and the system lets this process do so."""
+    return supported() and bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The functions for bfloat16, built at the first call on this machine; None where that cannot be done."""
-    found = built(SOURCE, FEATURES) if supported() else None
+def library(tiles: bool | None = None) -> ctypes.CDLL | None:
+    """The function, built at the first call on this machine; None where that cannot be done.
+
+    Args:
+        tiles: whether it multiplies tiles rather than vectors; None is what the processor has.
+    """
+    more = TILES if (has_tiles() if tiles is None else tiles) else ()
+    found = built(SOURCE, (*FEATURES, *more)) if supported() else None
     if found is not None:
-        linear: list[Any] = [POINTER, LONG, LONG, POINTER, FLOAT, POINTER, POINTER, LONG, POINTER, INT, INT, POINTER, INT]
-        attend: list[Any] = [POINTER, *[LONG] * 4, *[POINTER] * 4, FLOAT, INT, POINTER, LONG, POINTER, FLOAT, POINTER, INT]
-        found.opd_linear.argtypes, found.opd_linear.restype = linear, None
-        found.opd_attend.argtypes, found.opd_attend.restype = attend, None
+        found.opd_step.argtypes = [ctypes.POINTER(_Model), POINTER, POINTER, LONG, ctypes.POINTER(_Space), POINTER, INT]
+        found.opd_step.restype = None
     return found
 
 
 def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:
-    """Whether a model of a known architecture has the shapes and the precision that the functions take.
+    """Whether a model of a known architecture has the shapes and the precision that the function takes.
 
     Args:
         base: a Hugging Face causal language model.
@@ -59,94 +104,50 @@ def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:
     if dtype != torch.bfloat16 or stream.dtype not in (dtype, torch.float32) or not regular(base):
         return False
     sizes = (config.hidden_size, config.intermediate_size, attention.head_dim)
-    fit = all(size % 32 == 0 for size in sizes) and attention.head_dim <= 256 and vocab >= 16
+    fit = all(size % 32 == 0 for size in sizes) and vocab >= 16
     return fit and stream.is_cpu and library() is not None
 
 
-def regular(base: Any) -> bool:
-    """Whether gates are SiLU and all norms have the precision of the residual stream."""
-    stream = base.model.embed_tokens.weight.dtype
-    return base.config.hidden_act in ("silu", "swish") and all(norm.weight.dtype == stream for norm in norms_of(base))
-
-
-def norms_of(base: Any) -> Iterator[Any]:
-    """All norms of a model of a known architecture."""
-    yield base.model.norm
-    for layer in base.model.layers:
-        yield from (layer.input_layernorm, layer.post_attention_layernorm)
-        yield from (getattr(layer.self_attn, name) for name in HEAD_NORMS if hasattr(layer.self_attn, name))
-
-
-class CompiledDecoder(Decoder):
-    """The decoder whose steps are C functions. Prompts are read by PyTorch, which is as fast with many tokens."""
-
-    packs = False
+class CompiledDecoder(FunctionDecoder):
+    """The decoder whose step is one C function."""
 
     def __init__(self, base: Any, weights: Weights, rows: int, prompt: int, length: int) -> None:
-        super().__init__(base, weights, rows, prompt, length)
         found = library()
         assert found is not None
-        self.c, self.threads = found, torch.get_num_threads()
-        widest = max(base.config.hidden_size, base.config.intermediate_size, self.queries * self.size)
-        self.space = torch.empty((rows + 15) // 16 * 16 * (widest + 2), dtype=weights.dtype)
-        self.turns = self.cos.float().contiguous(), self.sin.float().contiguous()
-        self.wide = int(weights.embedding.dtype == torch.float32)
+        super().__init__(found, base, weights, rows, prompt, max(length, 16))  # sixteen places are read at a time
+        self.kept: list[Tensor] = []
+        self.layers = (_Layer * len(weights.layers))()
+        for mine, layer in zip(self.layers, weights.layers, strict=True):
+            parts = (layer.qkv, layer.out, layer.gate_up, layer.down)
+            mine.qkv, mine.output, mine.gate_up, mine.down = map(self._linear, parts)
+            mine.before_attention, mine.before_mlp = at(layer.before_attention), at(layer.before_mlp)
+            mine.query_norm, mine.key_norm = map(at, layer.head_norms or (None, None))
+        head = self._linear(weights.head)
+        stream = weights.embedding.dtype
+        self.model = _Model(
+            *(self.layers, at(weights.embedding), at(weights.norm), head, *map(at, self.turns)),
+            *(len(self.layers), self.width, self.inner, self.queries, self.keys, self.size, 0),
+            *(stream == torch.float32, float(weights.norm.eps), self.scale),
+        )
+        mixed, heads = self.queries * self.size, (self.queries + 2 * self.keys) * self.size
+        rank = max(part.rank for mine in self.layers for part in (mine.qkv, mine.output, mine.gate_up, mine.down, head))
+        groups = (rows + 15) // 16 * 16
+        self.space = _Space(
+            self._room(rows * self.width, stream),
+            *(self._room(rows * each, weights.dtype) for each in (heads, mixed, self.inner)),
+            self._room(groups * max(self.width, self.inner, mixed), weights.dtype),
+            *(self._room(count, torch.float32) for count in (groups, rows * rank)),
+        )
+        self._point()
 
-    @torch.inference_mode()
-    def step(self, ids: Tensor) -> Tensor:
-        self._reserve(max(self.lengths) + 1)
-        x = F.embedding(ids, self.weights.embedding)
-        cos, sin = (turn[self.places] for turn in self.turns)
-        for layer, cache in zip(self.weights.layers, self.cached, strict=True):
-            heads = self._linear(x, layer.qkv, layer.before_attention)
-            mixed = self._attend(heads, layer.head_norms, cos, sin, cache)
-            self._linear(mixed, layer.out, onto=x)
-            if layer.gate_up.adapter is None:
-                inside = self._linear(x, layer.gate_up, layer.before_mlp, mode=GATE)
-            else:
-                gate, up = self._linear(x, layer.gate_up, layer.before_mlp).chunk(2, -1)
-                inside = layer.act(gate) * up
-            self._linear(inside, layer.down, onto=x)
-        self.lengths = [n + 1 for n in self.lengths]
-        self.places = self.places + 1
-        return self._linear(x, self.weights.head, self.weights.norm)
-
-    def _linear(
-        self, x: Tensor, layer: Linear, norm: Norm | None = None, mode: int = STORE, onto: Tensor | None = None
-    ) -> Tensor:
-        """(rows, out) of a layer behind its norm; added to ``onto`` if there is one."""
+    def _linear(self, layer: Linear) -> _Linear:
+        assert layer.plain is not None
+        down = up = None
         if layer.adapter is not None:
-            if norm is not None:
-                x, norm = norm(x).to(self.weights.dtype), None
-            if onto is not None:
-                return onto.add_(self._linear(x, layer))
-        weight = layer.plain
-        assert weight is not None
-        width = len(weight) // 2 if mode == GATE else len(weight)
-        y = x.new_empty(len(x), width, dtype=self.weights.dtype) if onto is None else onto
-        self.c.opd_linear(
-            x.data_ptr(),
-            *x.shape,
-            *((norm.weight.data_ptr(), float(norm.eps)) if norm is not None else (None, 0.0)),
-            weight.data_ptr(),
-            None if layer.bias is None else layer.bias.data_ptr(),
-            width,
-            y.data_ptr(),
-            mode if onto is None else ADD,
-            self.wide,
-            self.space.data_ptr(),
-            self.threads,
-        )
-        return y if layer.adapter is None else layer.adapted(x, y)
+            down, up = layer.adapter[0].float().contiguous(), layer.adapter[1].float().T.contiguous()
+            self.kept += [down, up]
+        return _Linear(*map(at, (layer.plain, layer.bias, down, up)), len(layer.plain), 0 if down is None else len(down))
 
-    def _attend(self, heads: Tensor, norms: list[Norm] | None, cos: Tensor, sin: Tensor, cache: Tensor) -> Tensor:
-        """(rows, queries * size): what the new tokens read from their rows, to whose cache they are added."""
-        y = heads.new_empty(len(heads), self.queries * self.size)
-        query, key, eps = (*(n.weight.data_ptr() for n in norms), float(norms[0].eps)) if norms else (None, None, 0.0)
-        self.c.opd_attend(
-            heads.data_ptr(),
-            *(len(heads), self.queries, self.keys, self.size),
-            *(cos.data_ptr(), sin.data_ptr(), query, key, eps, self.wide),
-            *(cache.data_ptr(), cache.shape[2], self.places.data_ptr(), self.scale, y.data_ptr(), self.threads),
-        )
-        return y
+    def _room(self, count: int, dtype: torch.dtype) -> int | None:
+        self.kept.append(torch.empty(count, dtype=dtype))
+        return at(self.kept[-1])

@@ -13,7 +13,7 @@ BLOCK = 256
 """Entries that are summed before the search: about the square root of a large vocabulary, so both levels are short."""
 
 SHORT = 2048
-"""Vocabulary up to which one sum is faster than two levels of them."""
+"""Vocabulary up to which one sum is faster in PyTorch than two levels of them."""
 
 CHUNK = 2**19
 """Entries that are drawn from at once on a CPU: what one pass writes is still in its cache when the next one reads it."""
@@ -27,7 +27,7 @@ class Law:
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: keeps the smallest set of tokens with at least this mass; 1 keeps all.
         top_k: keeps this many likeliest tokens; 0 keeps all.
-        functions: whether a C function may draw from a large vocabulary that is not cut.
+        functions: whether a C function may draw from a vocabulary that is not cut.
     """
 
     temperature: float = 1.0
@@ -43,7 +43,7 @@ class Law:
             uniform: (rows,) in [0, 1).
         """
         whole = self.temperature > 0.0 and self.top_p == 1.0 and not 0 < self.top_k < logits.shape[1]
-        if self.functions and whole and logits.shape[1] > SHORT:
+        if self.functions and whole:
             found = stepped.draw(logits, uniform, self.temperature)
             if found is not None:
                 return found

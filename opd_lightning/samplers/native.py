@@ -127,14 +127,16 @@ class NativeSampler(Configurable):
         on_progress: Callable[[int], None] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens and log-probabilities (prompts, max_new_tokens), lengths and ends (prompts,) of all completions."""
-        law = Law(self.temperature, self.top_p, self.top_k, functions=self.engine == "auto")
+        law = Law(self.temperature, self.top_p, self.top_k, functions=self.engine != "torch")
         randoms = uniforms(list(seeds), self.max_new_tokens).to(device)
-        ends = torch.tensor(vocabulary.eos_ids, device=device)
+        ends = torch.zeros(vocabulary.size, dtype=torch.bool, device=device)
+        ends[[i for i in vocabulary.eos_ids if 0 <= i < vocabulary.size]] = True
         lengths = torch.zeros(len(prompts), dtype=torch.long, device=device)
         closed = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         # equal prompts lie next to each other, so they are read once, and prompts of one length are read together
         waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         rows, written, newest = (lengths[:0] for _ in range(3))
+        longest = 0  # of those that are being written
         steps: list[tuple[Tensor, ...]] = []  # rows, places, tokens and log-probabilities
         while waiting or len(rows):
             free = self.batch_size - len(rows)
@@ -146,15 +148,17 @@ class NativeSampler(Configurable):
                 newest = torch.cat([newest, torch.tensor([prompts[i][-1] for i in joining], device=device)])
             newest, recorded = law.sample(engine.step(newest)[:, : vocabulary.size], randoms[rows, written])
             steps.append((rows, written, newest, recorded))
-            written = written + 1
-            ended = (newest[:, None] == ends).any(-1)
-            over = ended | (written == self.max_new_tokens)
+            written, longest = written + 1, longest + 1
+            over = ended = ends[newest]
+            if longest == self.max_new_tokens:
+                over = ended | (written == longest)
             if bool(over.any()):
                 closed[rows[ended]] = True
                 lengths[rows] = written
                 kept = _closed_up(~over)
                 engine.keep(kept)
                 rows, written, newest = rows[kept], written[kept], newest[kept]
+                longest = int(written.max()) if len(rows) else 0
                 if on_progress:
                     on_progress(len(prompts) - len(waiting) - len(rows))
         tokens = torch.full(randoms.shape, vocabulary.pad_id, device=device)

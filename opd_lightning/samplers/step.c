@@ -54,6 +54,22 @@ static inline vec halves(const uint16_t *x, mask some) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
 }
 static inline float total(vec x) { return _mm512_reduce_add_ps(x); }
+static inline float largest(vec x) { return _mm512_reduce_max_ps(x); }
+/* Totals of four vectors in every quarter, summed over the quarter alone. */
+static inline vec quarters(const vec *a) {
+    vec low = _mm512_unpacklo_ps(a[0], a[1]) + _mm512_unpackhi_ps(a[0], a[1]);
+    vec high = _mm512_unpacklo_ps(a[2], a[3]) + _mm512_unpackhi_ps(a[2], a[3]);
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(low), _mm512_castps_pd(high))) +
+           _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(low), _mm512_castps_pd(high)));
+}
+#define EVEN(x, y) _mm512_shuffle_f32x4(x, y, 0x88)
+#define ODD(x, y) _mm512_shuffle_f32x4(x, y, 0xdd)
+static inline vec totals(vec a[ROWS][4], const int rows) {
+    vec none = _mm512_setzero_ps(), b = rows > 1 ? quarters(a[1]) : none, c = rows > 2 ? quarters(a[2]) : none;
+    vec d = rows > 3 ? quarters(a[3]) : none, first = quarters(a[0]);
+    vec low = EVEN(first, b) + ODD(first, b), high = EVEN(c, d) + ODD(c, d);
+    return EVEN(low, high) + ODD(low, high);
+}
 #else
 #define LANES 8
 #define ROWS 2
@@ -87,14 +103,19 @@ static inline float total(vec x) {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
-#endif
-
 static inline float largest(vec x) {
-    float found[LANES], most = -INFINITY;
-    put(found, first(LANES), x);
-    for (int i = 0; i < LANES; i++) most = found[i] > most ? found[i] : most;
-    return most;
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
+static inline vec halves_of(const vec *a) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+}
+static inline vec totals(vec a[ROWS][4], const int rows) {
+    vec first = halves_of(a[0]), second = rows > 1 ? halves_of(a[1]) : _mm256_setzero_ps();
+    return _mm256_permute2f128_ps(first, second, 0x20) + _mm256_permute2f128_ps(first, second, 0x31);
+}
+#endif
 
 /* e^x by 2^n and a polynomial: relative error below 3e-7. What is not a number stays so. */
 static inline vec exp_of(vec x) {
@@ -124,23 +145,33 @@ static void norm_of(const float *x, const float *weight, long width, float eps, 
 static inline __attribute__((always_inline)) void products(const float *w, const float *const *x, long width, const int rows,
                                                            const int asks, float sums[][4]) {
     vec a[ROWS][4] = {0};
-    for (long i = 0; i < width; i += LANES) {
-        int whole = i + LANES <= width;
-        mask here = first(width - i);
+    long i = 0;
+    for (; i + LANES <= width; i += LANES) {
         vec part[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) part[j] = whole ? all(w + j * width + i) : get(w + j * width + i, here);
+        for (int j = 0; j < 4; j++) part[j] = all(w + j * width + i);
 #pragma GCC unroll 4
         for (int j = 0; asks && j < LANES / 4; j++) __builtin_prefetch(w + AHEAD * width + 4 * i + 16 * j, 0, 2);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            vec own = whole ? all(x[r] + i) : get(x[r] + i, here);
+            vec own = all(x[r] + i);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) a[r][j] += own * part[j];
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 4; j++) sums[r][j] = total(a[r][j]);
+    if (i < width) {
+        mask here = first(width - i);
+        vec part[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) part[j] = get(w + j * width + i, here);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            vec own = get(x[r] + i, here);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) a[r][j] += own * part[j];
+        }
+    }
+    put(sums[0], first(LANES), totals(a, rows));
 }
 
 /* y = x W' + b, or y += it; `out` is a multiple of 4 if it is added. Called by all threads. */
@@ -158,10 +189,10 @@ static void linear(const float *x, long rows, long width, const float *weight, c
                 products(weight + o * width, some, width, ROWS, 0, sums);
             for (long r = 0; r < least(ROWS, rows - top); r++) {
                 float *to = y + (top + r) * out + o;
-                for (long j = 0; j < 4; j++) {
-                    float sum = sums[r][j] + (bias ? bias[o + j] : 0.0f);
-                    to[j] = add ? to[j] + sum : sum;
-                }
+                __m128 sum = _mm_loadu_ps(sums[r]);
+                if (bias) sum += _mm_loadu_ps(bias + o);
+                if (add) sum += _mm_loadu_ps(to);
+                _mm_storeu_ps(to, sum);
             }
         }
     }
@@ -171,15 +202,16 @@ static void linear(const float *x, long rows, long width, const float *weight, c
 static void turn(const float *x, const float *norm, const float *cos, const float *sin, long size, float eps, float *y) {
     long half = size / 2;
     if (norm) norm_of(x, norm, size, eps, y), x = y;
-    for (long i = 0; i < half; i++) {
-        float low = x[i], high = x[i + half];
-        y[i] = low * cos[i] + high * sin[i];
-        y[i + half] = high * cos[i + half] + low * sin[i + half];
+    for (long i = 0; i < half; i += LANES) {
+        mask here = first(half - i);
+        vec low = get(x + i, here), high = get(x + i + half, here);
+        put(y + i, here, low * get(cos + i, here) + high * get(sin + i, here));
+        put(y + i + half, here, high * get(cos + i + half, here) + low * get(sin + i + half, here));
     }
 }
 
-/* p = softmax(scale p) of `count` numbers */
-static void softmax(float *p, long count, float scale) {
+/* p = e^(scale p) of `count` numbers, but for a factor; one over their sum */
+static float powers(float *p, long count, float scale) {
     vec most = each(-INFINITY), sum = each(0.0f);
     for (long t = 0; t < count; t += LANES) most = larger(most, least_where(get(p + t, first(count - t)), first(count - t)));
     vec top = each(largest(most));
@@ -189,33 +221,58 @@ static void softmax(float *p, long count, float scale) {
         put(p + t, here, found);
         sum += found;
     }
-    vec share = each(1.0f / total(sum));
-    for (long t = 0; t < count; t += LANES) put(p + t, first(count - t), get(p + t, first(count - t)) * share);
+    return 1.0f / total(sum);
+}
+
+#define TOGETHER 4 /* places whose values are summed at once for one head, which would wait for each otherwise */
+
+/* Ask for numbers that are needed soon: four places of a head. */
+static inline void ask(const float *x, long size) {
+    for (long i = 0; i < 4 * size; i += 16) __builtin_prefetch(x + i, 0, 3);
 }
 
 /* `rows` query heads against the keys and values of `count` places: y = softmax(scale q k') v. The weights of a head take
- * `apart` numbers of p. */
+ * `apart` numbers of p; the keys `then` are read after these. */
 static inline __attribute__((always_inline)) void read_heads(const float *q, const float *keys, const float *values, long count,
                                                              long size, float scale, const int rows, float *p, long apart,
-                                                             float *y) {
+                                                             float *y, const float *then) {
     const float *own[ROWS];
-    float sums[ROWS][4];
+    const int parts = rows == 1 ? TOGETHER : 1;
+    float sums[ROWS][4], share[ROWS];
     for (int r = 0; r < rows; r++) own[r] = q + r * size;
     for (long t = 0; t < count; t += 4) { /* behind the last place lie other numbers of the cache, which are left out */
+        ask(values + t * size, size);
         products(keys + t * size, own, size, rows, 0, sums);
-        for (int r = 0; r < rows; r++)
-            for (long j = 0; j < 4; j++) p[r * apart + t + j] = sums[r][j];
+        for (int r = 0; r < rows; r++) _mm_storeu_ps(p + r * apart + t, _mm_loadu_ps(sums[r]));
     }
-    for (int r = 0; r < rows; r++) softmax(p + r * apart, count, scale);
+    for (int r = 0; r < rows; r++) share[r] = powers(p + r * apart, count, scale);
     for (long i = 0; i < size; i += 2 * LANES) {
         mask here = first(size - i), there = first(size - i - LANES);
-        vec a[ROWS][2] = {0};
-        for (long t = 0; t < count; t++) {
-            vec low = get(values + t * size + i, here), high = get(values + t * size + i + LANES, there);
+        vec a[TOGETHER][ROWS][2] = {0};
+        long t = 0;
+        for (; t + parts <= count; t += parts) {
+            if (i == 0 && t % 4 == 0) ask(then + t * size, size);
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) a[r][0] += p[r * apart + t] * low, a[r][1] += p[r * apart + t] * high;
+            for (int k = 0; k < parts; k++) {
+                vec low = get(values + (t + k) * size + i, here), high = get(values + (t + k) * size + i + LANES, there);
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++) {
+                    vec weight = each(p[r * apart + t + k]);
+                    a[k][r][0] += weight * low, a[k][r][1] += weight * high;
+                }
+            }
         }
-        for (int r = 0; r < rows; r++) put(y + r * size + i, here, a[r][0]), put(y + r * size + i + LANES, there, a[r][1]);
+        for (; t < count; t++) {
+            vec low = get(values + t * size + i, here), high = get(values + t * size + i + LANES, there);
+            for (int r = 0; r < rows; r++) {
+                vec weight = each(p[r * apart + t]);
+                a[0][r][0] += weight * low, a[0][r][1] += weight * high;
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            for (int k = 1; k < parts; k++) a[0][r][0] += a[k][r][0], a[0][r][1] += a[k][r][1];
+            put(y + r * size + i, here, a[0][r][0] * share[r]), put(y + r * size + i + LANES, there, a[0][r][1] * share[r]);
+        }
     }
 }
 
@@ -228,7 +285,7 @@ static void attend(const Model *m, const Layer *l, const float *heads, long rows
         long row = n / m->keys, key = n % m->keys, at = places[row];
         const float *x = heads + row * of_row, *c = m->cos + at * size, *s = m->sin + at * size;
         float *k = l->cache + (row * 2 * m->keys + key) * m->room * size, *v = k + m->keys * m->room * size;
-        float *q = p + ROWS * apart;
+        float *q = p + ROWS * apart, *then = key + 1 < m->keys ? k + m->room * size : v + m->room * size;
         turn(x + (m->queries + key) * size, l->key_norm, c, s, size, m->eps, k + at * size);
         memcpy(v + at * size, x + (m->queries + m->keys + key) * size, (size_t)size * sizeof *v);
         for (long h = key * shared, end = h + shared; h < end;) {
@@ -236,11 +293,11 @@ static void attend(const Model *m, const Layer *l, const float *heads, long rows
             float *y = mixed + (row * m->queries + h) * size;
             for (long r = 0; r < some; r++) turn(x + (h + r) * size, l->query_norm, c, s, size, m->eps, q + r * size);
             switch (some) {
-            case 1: read_heads(q, k, v, at + 1, size, m->scale, 1, p, apart, y); break;
-            case 2: read_heads(q, k, v, at + 1, size, m->scale, 2, p, apart, y); break;
+            case 1: read_heads(q, k, v, at + 1, size, m->scale, 1, p, apart, y, then); break;
+            case 2: read_heads(q, k, v, at + 1, size, m->scale, 2, p, apart, y, then); break;
 #if ROWS == 4
-            case 3: read_heads(q, k, v, at + 1, size, m->scale, 3, p, apart, y); break;
-            case 4: read_heads(q, k, v, at + 1, size, m->scale, 4, p, apart, y); break;
+            case 3: read_heads(q, k, v, at + 1, size, m->scale, 3, p, apart, y, then); break;
+            case 4: read_heads(q, k, v, at + 1, size, m->scale, 4, p, apart, y, then); break;
 #endif
             }
             h += some;

@@ -1,5 +1,5 @@
-"""Decoding steps in float32, and draws from large vocabularies, by C functions (`step.c`), on x86-64 processors with vectors of
-eight numbers and more.
+"""Decoding steps in float32, and draws of tokens, by C functions (`step.c`), on x86-64 processors with vectors of eight numbers
+and more.
 
 With few rows a step is the reading of the weights; with a small model calls into PyTorch take longer than what they compute.
 One function takes the weights as they lie and computes a whole step, every row by itself: what a row becomes does not depend on
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built
-from opd_lightning.samplers.compiled import norms_of, regular
-from opd_lightning.samplers.decoder import Decoder, Norm, Weights
+from opd_lightning.samplers.decoder import Weights
+from opd_lightning.samplers.functions import FunctionDecoder, at, regular
 from opd_lightning.samplers.linear import Linear
 
 SOURCE = Path(__file__).with_name("step.c")
@@ -80,8 +80,6 @@ def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:
     config, stream = base.config, base.model.embed_tokens.weight
     if dtype != torch.float32 or stream.dtype != dtype or not regular(base):
         return False
-    if len({float(Norm(norm).eps) for norm in norms_of(base)}) > 1:
-        return False
     fit = config.hidden_size % 4 == 0 and base.model.layers[0].self_attn.head_dim % 2 == 0 and vocab >= 4
     return fit and stream.is_cpu and library() is not None
 
@@ -109,71 +107,27 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
     return tokens, logprobs
 
 
-class StepDecoder(Decoder):
-    """The decoder whose step is one C function. Prompts are read by PyTorch, which is as fast with many tokens."""
-
-    packs = False
+class StepDecoder(FunctionDecoder):
+    """The decoder whose step is one C function."""
 
     def __init__(self, base: Any, weights: Weights, rows: int, prompt: int, length: int) -> None:
-        super().__init__(base, weights, rows, prompt, max(length, 4))  # four places are read at a time
         found = library()
         assert found is not None
-        self.c, self.threads = found, torch.get_num_threads()
-        self.turns = self.cos.float().contiguous(), self.sin.float().contiguous()
+        super().__init__(found, base, weights, rows, prompt, max(length, 4))  # four places are read at a time
         self.layers = (_Layer * len(weights.layers))()
         for mine, layer in zip(self.layers, weights.layers, strict=True):
-            query, key = layer.head_norms or (None, None)
-            mine.before_attention, mine.before_mlp = _at(layer.before_attention), _at(layer.before_mlp)
-            mine.query_norm, mine.key_norm = _at(query), _at(key)
+            mine.before_attention, mine.before_mlp = at(layer.before_attention), at(layer.before_mlp)
+            mine.query_norm, mine.key_norm = map(at, layer.head_norms or (None, None))
             for name in ("qkv", "out", "gate_up", "down"):
                 part: Linear = getattr(layer, name)
-                setattr(mine, name, _at(part.plain))
-                setattr(mine, f"{name}_bias", _at(part.bias))
-        self.vocab, width = _shape(weights.head)
+                setattr(mine, name, at(part.plain))
+                setattr(mine, f"{name}_bias", at(part.bias))
         self.model = _Model(
             self.layers,
-            *map(_at, (weights.embedding, weights.norm, weights.head.plain, weights.head.bias, *self.turns)),
-            *(len(self.layers), width, _shape(weights.layers[0].down)[1], self.queries, self.keys, self.size, self.vocab, 0),
+            *map(at, (weights.embedding, weights.norm, weights.head.plain, weights.head.bias, *self.turns)),
+            *(len(self.layers), self.width, self.inner, self.queries, self.keys, self.size, self.vocab, 0),
             *(float(weights.norm.eps), self.scale),
         )
-        self.space = torch.empty(found.opd_room(self.model, rows))
+        self.numbers = torch.empty(found.opd_room(self.model, rows))
+        self.space = at(self.numbers)
         self._point()
-
-    def _reserve(self, length: int) -> None:
-        room = self.room
-        super()._reserve(length)
-        if room != self.room:
-            self._point()
-
-    def _point(self) -> None:
-        """Tell where the cache lies."""
-        self.model.room = self.room
-        for mine, cache in zip(self.layers, self.cached, strict=True):
-            mine.cache = _at(cache)
-
-    @torch.inference_mode()
-    def step(self, ids: Tensor) -> Tensor:
-        self._reserve(max(self.lengths) + 1)
-        logits = self.weights.embedding.new_empty(len(ids), self.vocab)
-        self.c.opd_step(
-            *(self.model, ids.data_ptr(), self.places.data_ptr(), len(ids)),
-            *(self.space.data_ptr(), logits.data_ptr(), self.threads),
-        )
-        self.lengths = [n + 1 for n in self.lengths]
-        self.places = self.places + 1
-        return logits
-
-
-def _at(held: Tensor | Norm | None) -> int | None:
-    """The address of some numbers; None for none."""
-    if held is None:
-        return None
-    held = held.weight if isinstance(held, Norm) else held
-    assert held.is_contiguous()
-    return held.data_ptr()
-
-
-def _shape(layer: Linear) -> tuple[int, int]:
-    assert layer.plain is not None
-    out, width = layer.plain.shape
-    return out, width

@@ -1,48 +1,47 @@
-/* Decoding steps in bfloat16 on x86-64: few rows meet many weights, so what counts is that weights are read once, in order, by
- * all cores, and that nothing else is done between them. Built by compiling.py with the machine's C compiler, when it is needed.
+/* One decoding step in bfloat16 on x86-64: a token a row goes in, its logits come out, in one call. Few rows meet many weights,
+ * so what counts is that weights are read once, in order, by all cores, and that nothing else is done between them. Built by
+ * compiling.py with the machine's C compiler, when it is needed.
  *
  * Rounding follows transformers: every product of a layer, every norm and every sum of the residual stream is rounded to
  * bfloat16; sums are taken in float32. `wide`: the residual stream and the norms' weights are float32, as under mixed
  * precision.
  * Each row is computed by itself, whatever other rows there are, in one order of summation.
  */
-#include <immintrin.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef uint16_t bf16;
+#include "compiling.h"
+#include "tiles.h"
 
-/* ---- numbers ------------------------------------------------------------------------------------------------------------ */
+/* y = x W' + b, W (out, in); beside it an adapter in float32, y + x down' up, with down (rank, in) and up (rank, out). Missing
+ * biases and adapters are 0. */
+typedef struct {
+    const bf16 *weight, *bias;
+    const float *down, *up;
+    int64_t out, rank;
+} Linear;
 
-static inline __m512 wide16(const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
-}
+typedef struct {
+    Linear qkv, output, gate_up, down;
+    const void *before_attention, *before_mlp, *query_norm, *key_norm; /* of the residual stream's precision; 0 for no norm */
+    bf16 *cache;                                                        /* (rows, 2 keys, room, size): keys, then values */
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    const void *embedding, *norm;
+    Linear head;
+    const float *cos, *sin; /* (places, size); sin with the sign of its half */
+    int64_t count, width, inner, queries, keys, size, room, wide;
+    float eps, scale;
+} Model;
+
+static inline long least(long a, long b) { return a < b ? a : b; }
+static inline long most(long a, long b) { return a > b ? a : b; }
+
+/* ---- numbers ------------------------------------------------------------------------------------------------------------- */
 
 static inline __m512i load(const bf16 *x) { return _mm512_loadu_si512(x); }
-
-static inline __m256i narrow16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-static inline __m512 rounded(__m512 x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow16(x)), 16));
-}
-
-/* e^x by 2^n and a polynomial: relative error below 3e-7. What is not a number stays so. */
-static inline __m512 exp16(__m512 x) {
-    const __m512 least = _mm512_set1_ps(-87.0f), most = _mm512_set1_ps(88.0f);
-    __m512 held = _mm512_min_ps(most, _mm512_max_ps(least, x)); /* of two operands, NaN in the second is kept */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(held, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), held);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
 
 /* Places of a column of a table with sixteen columns. */
 static inline __m512i every16th(void) {
@@ -74,19 +73,15 @@ static inline __m512 normed(const void *x, int wide, const void *weight, int wid
     return wide_weight ? v : rounded(v);
 }
 
-/* ---- what becomes of 16 outputs of one row ------------------------------------------------------------------------------ */
+/* ---- what becomes of sixteen outputs of one row, which are rounded ------------------------------------------------------- */
 
 enum { STORE, ADD, GATE };
 
-static inline void finish(__m512 sum, __m512 up, const bf16 *bias, const bf16 *up_bias, void *y, long i, int mode, int wide) {
-    if (bias) sum = _mm512_add_ps(sum, wide16(bias));
-    sum = rounded(sum);
+static inline void finish(__m512 sum, __m512 up, void *y, long i, int mode, int wide) {
     if (mode == ADD) sum = _mm512_add_ps(take(y, i, wide), sum);
     if (mode == GATE) {
-        if (up_bias) up = _mm512_add_ps(up, wide16(up_bias));
-        __m512 one = _mm512_set1_ps(1.0f);
-        __m512 swish = _mm512_div_ps(sum, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), sum))));
-        sum = _mm512_mul_ps(rounded(swish), rounded(up));
+        __m512 minus = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), sum));
+        sum = _mm512_mul_ps(rounded(_mm512_div_ps(sum, _mm512_add_ps(_mm512_set1_ps(1.0f), exp16(minus)))), up);
     }
     if (mode == ADD && wide)
         _mm512_storeu_ps((float *)y + i, sum);
@@ -94,68 +89,7 @@ static inline void finish(__m512 sum, __m512 up, const bf16 *bias, const bf16 *u
         _mm256_storeu_si256((__m256i *)((bf16 *)y + i), narrow16(sum));
 }
 
-/* ---- linear layers ------------------------------------------------------------------------------------------------------ */
-
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} Tiles;
-
-static void set_tiles(void) {
-    Tiles tiles;
-    memset(&tiles, 0, sizeof tiles);
-    tiles.palette = 1;
-    for (int i = 0; i < 8; i++) tiles.bytes[i] = 64, tiles.rows[i] = 16;
-    _tile_loadconfig(&tiles);
-}
-
-/* Sixteen rows at a and sixteen at b, of a weight, times one or two groups of sixteen rows of x: (groups, a and b, 16 of the
- * weight, 16 of x) float32. Tiles that follow each other have names of their own, so that loads need not wait for products. */
-static void block(const bf16 *a, const bf16 *b, const bf16 *packed, long width, int groups, float *sums) {
-    long k = 0, apart = width * 2;
-    const bf16 *second = packed + width * 16;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    if (groups == 1) {
-        for (; k + 64 <= width; k += 64) {
-            _tile_loadd(6, packed + k * 16, 64);
-            _tile_loadd(4, a + k, apart);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, b + k, apart);
-            _tile_dpbf16ps(1, 5, 6);
-            _tile_loadd(7, packed + (k + 32) * 16, 64);
-            _tile_loadd(2, a + k + 32, apart);
-            _tile_dpbf16ps(0, 2, 7);
-            _tile_loadd(3, b + k + 32, apart);
-            _tile_dpbf16ps(1, 3, 7);
-        }
-        if (k < width) {
-            _tile_loadd(6, packed + k * 16, 64);
-            _tile_loadd(4, a + k, apart);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, b + k, apart);
-            _tile_dpbf16ps(1, 5, 6);
-        }
-    } else {
-        for (; k < width; k += 32) {
-            _tile_loadd(4, a + k, apart);
-            _tile_loadd(6, packed + k * 16, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, b + k, apart);
-            _tile_dpbf16ps(1, 5, 6);
-            _tile_loadd(7, second + k * 16, 64);
-            _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(2, sums + 512, 64);
-        _tile_stored(3, sums + 768, 64);
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-}
+/* ---- products ---------------------------------------------------------------------------------------------------------- */
 
 /* Numbers k to k + 32 of up to sixteen rows of x as one tile: pairs of numbers, the rows beside each other. Without a norm
  * the numbers are bfloat16. */
@@ -174,48 +108,85 @@ static void pack(const void *x, int wide, const void *norm, const float *scales,
     }
 }
 
-/* ---- the two calls ------------------------------------------------------------------------------------------------------ */
+/* ---- parts of a layer: called by all threads ----------------------------------------------------------------------------- */
 
-/* y = x W' + b of (rows, width), W (out, width); norm: x, of the residual stream, is normalised first; STORE, ADD to the stream
- * y, or GATE: W holds 2 out rows and y = silu(first half) * second half. width is a multiple of 32, out at least 16, and of 16
- * unless STORE; room holds (width + 2) numbers for each of the rows, whose count is rounded up to 16. */
-void opd_linear(const void *x, long rows, long width, const void *norm, float eps, const bf16 *weight, const bf16 *bias,
-                long out, void *y, int mode, int wide, bf16 *room, int threads) {
+/* What a step needs besides. */
+typedef struct {
+    char *x;                      /* (rows, width), the residual stream */
+    bf16 *heads, *mixed, *inside; /* (rows, heads and their size), (rows, queries and their size), (rows, inner) */
+    bf16 *tiles;                  /* what is multiplied next, its rows in groups of sixteen */
+    float *scales, *low;          /* of the norm before it; (rows, rank), what an adapter makes of it */
+} Space;
+
+/* Sixteen numbers of what a layer reads: of the residual stream behind a norm, or bfloat16 ones as they are. */
+static inline __m512 read16(const void *x, const void *norm, float scale, long i, int wide) {
+    return norm ? rounded(normed(x, wide, norm, wide, i, scale)) : wide16((const bf16 *)x + i);
+}
+
+/* low = x down', x of `width` numbers a row. */
+static void reduce(const void *x, long rows, long width, const void *norm, const Linear *l, int wide, const Space *s) {
+#pragma omp for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const void *row = from(x, r * width, norm && wide);
+        for (long j = 0; j < l->rank; j += 8) {
+            long some = least(8, l->rank - j);
+            __m512 sums[8];
+            for (long n = 0; n < 8; n++) sums[n] = _mm512_setzero_ps();
+            for (long i = 0; i < width; i += 16) {
+                __m512 v = read16(row, norm, s->scales[r], i, wide);
+                for (long n = 0; n < some; n++)
+                    sums[n] = _mm512_fmadd_ps(v, _mm512_loadu_ps(l->down + (j + n) * width + i), sums[n]);
+            }
+            for (long n = 0; n < some; n++) s->low[r * l->rank + j + n] = _mm512_reduce_add_ps(sums[n]);
+        }
+    }
+}
+
+/* Sixteen outputs of a layer from their products. */
+static inline __m512 output16(__m512 sum, const Linear *l, const float *low, long o) {
+    if (l->bias) sum = _mm512_add_ps(sum, wide16(l->bias + o));
+    sum = rounded(sum);
+    if (!l->rank) return sum;
+    for (long j = 0; j < l->rank; j++)
+        sum = _mm512_fmadd_ps(_mm512_set1_ps(low[j]), _mm512_loadu_ps(l->up + j * l->out + o), sum);
+    return rounded(sum);
+}
+
+/* What a layer makes of x (rows, width), which is normalised first if there is a norm: STORE, ADD to the residual stream y, or
+ * GATE: y = silu(first half) * second half. width is a multiple of 32, the width of y at least 16, and of 16 unless STORE. */
+static void linear(const void *x, long rows, long width, const void *norm, const Linear *l, void *y, int mode, const Model *m,
+                   const Space *s) {
     const __m512i column = every16th();
-    long groups = (rows + 15) / 16, each = mode == GATE ? 16 : 32; /* outputs of a block */
-    float *scales = (float *)(room + groups * 16 * width);
-#pragma omp parallel num_threads(threads)
-    {
-        float sums[1024];
-        set_tiles();
-        if (norm) {
+    int wide = (int)m->wide;
+    long out = mode == GATE ? l->out / 2 : l->out, groups = (rows + 15) / 16, each = mode == GATE ? 16 : 32;
+    float sums[1024];
+    if (norm) {
 #pragma omp for schedule(static)
-            for (long r = 0; r < rows; r++) scales[r] = scale_of(from(x, r * width, wide), width, eps, wide);
-        }
+        for (long r = 0; r < rows; r++) s->scales[r] = scale_of(from(x, r * width, wide), width, m->eps, wide);
+    }
+    if (l->rank) reduce(x, rows, width, norm, l, wide, s);
 #pragma omp for schedule(static) /* by columns: the rows of one tile lie in the same lines of the cache */
-        for (long i = 0; i < width / 32 * groups; i++) {
-            long k = i / groups * 32, g = i % groups * 16;
-            long some = rows - g < 16 ? rows - g : 16;
-            pack(from(x, g * width, norm && wide), wide, norm, scales + g, width, k, some, room + g * width + k * 16);
-        }
+    for (long i = 0; i < width / 32 * groups; i++) {
+        long k = i / groups * 32, g = i % groups * 16;
+        bf16 *tile = s->tiles + g * width + k * 16;
+        pack(from(x, g * width, norm && wide), wide, norm, s->scales + g, width, k, least(rows - g, 16), tile);
+    }
 #pragma omp for schedule(static)
-        for (long i = 0; i < (out + each - 1) / each; i++) {
-            long o = i * each > out - 16 ? out - 16 : i * each; /* the last block may repeat some of the one before */
-            long other = mode == GATE ? o + out : o + 16 > out - 16 ? out - 16 : o + 16;
-            for (long first = 0; first < rows; first += 32) {
-                long some = rows - first < 32 ? rows - first : 32;
-                block(weight + o * width, weight + other * width, room + first * width, width, some > 16 ? 2 : 1, sums);
-                for (long r = 0; r < some; r++) {
-                    long at = r / 16 * 512 + r % 16, place = (first + r) * out;
-                    __m512 sum = _mm512_i32gather_ps(column, sums + at, 4);
-                    __m512 next = _mm512_i32gather_ps(column, sums + at + 256, 4);
-                    finish(sum, next, bias ? bias + o : 0, bias ? bias + out + o : 0, y, place + o, mode, wide);
-                    if (mode != GATE && other != o)
-                        finish(next, next, bias ? bias + other : 0, 0, y, place + other, mode, wide);
-                }
+    for (long i = 0; i < (out + each - 1) / each; i++) {
+        long o = least(i * each, out - 16); /* the last block may repeat some of the one before */
+        long other = mode == GATE ? o + out : least(o + 16, out - 16), next = least(o + each, out - 16);
+        for (long top = 0; top < rows; top += 32) {
+            long some = least(rows - top, 32);
+            block(l->weight + o * width, l->weight + other * width, l->weight + next * width, s->tiles + top * width, width, some, sums);
+            for (long r = 0; r < some; r++) {
+                long at = r / 16 * 512 + r % 16, place = (top + r) * out;
+                const float *low = s->low + (top + r) * l->rank;
+                __m512 sum = output16(_mm512_i32gather_ps(column, sums + at, 4), l, low, o);
+                __m512 next = output16(_mm512_i32gather_ps(column, sums + at + 256, 4), l, low, other);
+                finish(sum, next, y, place + o, mode, wide);
+                if (mode != GATE && other != o) finish(next, next, y, place + other, mode, wide);
             }
         }
-        _tile_release();
     }
 }
 
@@ -232,16 +203,9 @@ static void turn(const bf16 *x, const void *norm, float eps, const float *cos, c
     }
 }
 
-/* One query head against the keys and values of `count` places: y = softmax(scale q k') v, of `size` numbers. */
-static inline __attribute__((always_inline)) void read_head(const bf16 *q, const bf16 *keys, const bf16 *values, long count,
-                                                            const long size, float scale, float *p, bf16 *y) {
-    __m512 most = _mm512_set1_ps(-3.4e38f), total = _mm512_setzero_ps(), times = _mm512_set1_ps(scale), read[16];
-    for (long t = 0; t < count; t++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (long i = 0; i < size; i += 32)
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)load(q + i), (__m512bh)load(keys + t * size + i));
-        p[t] = _mm512_reduce_add_ps(sum);
-    }
+/* e^(scale x - most) in place of `count` numbers, up to a multiple of sixteen; one over their sum. */
+static float softmax(float *p, long count, float scale) {
+    __m512 most = _mm512_set1_ps(-3.4e38f), total = _mm512_setzero_ps(), times = _mm512_set1_ps(scale);
     for (long t = count; t % 16; t++) p[t] = -3.4e38f;
     for (long t = 0; t < count; t += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(p + t));
     __m512 peak = _mm512_mul_ps(times, _mm512_set1_ps(_mm512_reduce_max_ps(most)));
@@ -251,45 +215,114 @@ static inline __attribute__((always_inline)) void read_head(const bf16 *q, const
         _mm512_storeu_ps(p + t, e);
         total = _mm512_add_ps(total, e);
     }
-    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-    for (long i = 0; i < size / 16; i++) read[i] = _mm512_setzero_ps();
-    for (long t = 0; t < count; t++) {
-        __m512 weight = _mm512_set1_ps(p[t]);
-        for (long i = 0; i < size / 16; i++) read[i] = _mm512_fmadd_ps(weight, wide16(values + t * size + i * 16), read[i]);
-    }
-    for (long i = 0; i < size / 16; i++) _mm256_storeu_si256((__m256i *)(y + i * 16), narrow16(_mm512_mul_ps(read[i], share)));
+    return 1.0f / _mm512_reduce_add_ps(total);
 }
 
-/* Write this step's keys and values into the cache, then attend.
- * heads (rows, queries + 2 keys, size) as the projections gave them; cos, sin (rows, size) float32; cache (rows, 2 keys, room,
- * size); places (rows,) of the new token; y (rows, queries, size). size is a multiple of 32, up to 256. */
-void opd_attend(const bf16 *heads, long rows, long queries, long keys, long size, const float *cos, const float *sin,
-                const void *query_norm, const void *key_norm, float eps, int wide, bf16 *cache, long room,
-                const int64_t *places, float scale, bf16 *y, int threads) {
-    long of_row = (queries + 2 * keys) * size, shared = queries / keys;
+#define HEADS 4 /* that read the same keys and values together */
+
+/* 16 `columns` numbers of each head's y = shares p v; the weights of a head take `apart` numbers of p. Asks for the values that
+ * are read next. */
+static inline __attribute__((always_inline)) void read_values(const bf16 *values, const bf16 *next, long count, long size,
+                                                              const int columns, const int heads, const float *p, long apart,
+                                                              const float *shares, bf16 *y) {
+    __m512 read[HEADS][4];
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < columns; i++) read[h][i] = _mm512_setzero_ps();
+    for (long t = 0; t < count; t++) {
+        __m512 v[4];
+        for (int i = 0; i < columns; i += 2) _mm_prefetch(next + t * size + 16 * i, _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int i = 0; i < columns; i++) v[i] = wide16(values + t * size + 16 * i);
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++) {
+            __m512 weight = _mm512_set1_ps(p[h * apart + t]);
+#pragma GCC unroll 4
+            for (int i = 0; i < columns; i++) read[h][i] = _mm512_fmadd_ps(weight, v[i], read[h][i]);
+        }
+    }
+    for (int h = 0; h < heads; h++) {
+        __m512 share = _mm512_set1_ps(shares[h]);
+        for (int i = 0; i < columns; i++)
+            _mm256_storeu_si256((__m256i *)(y + h * size + 16 * i), narrow16(_mm512_mul_ps(read[h][i], share)));
+    }
+}
+
+/* `heads` query heads against the keys and values of `count` places: y = softmax(scale q k') v, of `size` numbers each; q as
+ * tiles. Behind the last place lie other numbers of the cache, which are left out. Asks for the keys and values that are read
+ * next: they lie in many short stretches, which the processor does not foresee. */
+static inline __attribute__((always_inline)) void read_heads(const bf16 *q, const bf16 *keys, const bf16 *values,
+                                                             const bf16 *next, long count, long size, float scale,
+                                                             const int heads, float *p, long apart, bf16 *y) {
+    const __m512i column = every16th();
+    float tables[2][256], shares[HEADS];
+    for (long t = 0; t < count; t += 16) {
+        float *table = tables[t / 16 % 2];
+        for (long i = 0; i < 16 * size; i += 32) _mm_prefetch(next + t * size + i, _MM_HINT_T1);
+        score(keys + t * size, q, size, table);
+        for (int h = 0; h < heads; h++) _mm512_storeu_ps(p + h * apart + t, _mm512_i32gather_ps(column, table + h, 4));
+    }
+    for (int h = 0; h < heads; h++) shares[h] = softmax(p + h * apart, count, scale);
+    long i = 0;
+    next += values - keys;
+    for (; i + 64 <= size; i += 64) read_values(values + i, next + i, count, size, 4, heads, p, apart, shares, y + i);
+    if (i < size) read_values(values + i, next + i, count, size, 2, heads, p, apart, shares, y + i);
+}
+
+/* Write this step's keys and values into the cache, then attend. p has room for the weights of four heads, q for the heads
+ * themselves and their tiles. */
+static void attend(const Model *m, const Layer *l, const Space *s, long rows, const int64_t *places, float *p, bf16 *q) {
+    long queries = m->queries, keys = m->keys, size = m->size, of_row = (queries + 2 * keys) * size, shared = queries / keys;
+    long of_key = m->room * size, apart = m->room + 16;
+    int wide = (int)m->wide;
+    bf16 *tiles = q + HEADS * size;
+#pragma omp for schedule(static)
+    for (long n = 0; n < rows * keys; n++) {
+        long row = n / keys, key = n % keys, at = places[row];
+        const bf16 *x = s->heads + row * of_row;
+        const float *cos = m->cos + at * size, *sin = m->sin + at * size;
+        bf16 *k = l->cache + (row * 2 * keys + key) * of_key, *v = k + keys * of_key;
+        const bf16 *next = k + (key + 1 < keys ? 1 : row + 1 < rows ? keys + 1 : 0) * of_key;
+        turn(x + (queries + key) * size, l->key_norm, m->eps, cos, sin, size, wide, k + at * size);
+        memcpy(v + at * size, x + (queries + keys + key) * size, (size_t)size * sizeof *v);
+        for (long h = key * shared, end = h + shared; h < end;) {
+            int some = (int)least(end - h, HEADS);
+            bf16 *y = s->mixed + (row * queries + h) * size;
+            for (long i = 0; i < some; i++)
+                turn(x + (h + i) * size, l->query_norm, m->eps, cos, sin, size, wide, q + i * size);
+            for (long i = 0; i < size; i += 32) pack(q, 0, 0, 0, size, i, some, tiles + i * 16);
+            switch (some) { /* known counts stay in registers */
+            case 1: read_heads(tiles, k, v, next, at + 1, size, m->scale, 1, p, apart, y); break;
+            case 2: read_heads(tiles, k, v, next, at + 1, size, m->scale, 2, p, apart, y); break;
+            case 3: read_heads(tiles, k, v, next, at + 1, size, m->scale, 3, p, apart, y); break;
+            case 4: read_heads(tiles, k, v, next, at + 1, size, m->scale, 4, p, apart, y); break;
+            }
+            h += some;
+        }
+    }
+}
+
+/* ---- the call ------------------------------------------------------------------------------------------------------------ */
+
+/* logits (rows, vocabulary) of the tokens behind ids (rows,), which stand at places (rows,) and join the cache. All sizes of
+ * vectors are multiples of 32, and the cache has room for 16 places at least. */
+void opd_step(const Model *m, const int64_t *ids, const int64_t *places, long rows, const Space *s, bf16 *logits, int threads) {
+    long width = m->width, bytes = width * (m->wide ? 4 : 2);
 #pragma omp parallel num_threads(threads)
     {
-        float *p = malloc((size_t)(room + 16) * sizeof *p);
-        bf16 *q = malloc((size_t)size * sizeof *q);
+        float *p = malloc((size_t)(HEADS * (m->room + 16)) * sizeof *p);
+        bf16 *q = calloc((size_t)((HEADS + 16) * m->size), sizeof *q);
+        begin_products();
 #pragma omp for schedule(static)
-        for (long n = 0; n < rows * keys; n++) {
-            long row = n / keys, key = n % keys, at = places[row];
-            const bf16 *x = heads + row * of_row;
-            const float *c = cos + row * size, *s = sin + row * size;
-            bf16 *k = cache + (row * 2 * keys + key) * room * size, *v = k + keys * room * size;
-            turn(x + (queries + key) * size, key_norm, eps, c, s, size, wide, k + at * size);
-            memcpy(v + at * size, x + (queries + keys + key) * size, (size_t)size * sizeof *v);
-            for (long h = key * shared; h < (key + 1) * shared; h++) {
-                turn(x + h * size, query_norm, eps, c, s, size, wide, q);
-                bf16 *to = y + (row * queries + h) * size;
-                if (size == 64) /* known sizes stay in registers */
-                    read_head(q, k, v, at + 1, 64, scale, p, to);
-                else if (size == 128)
-                    read_head(q, k, v, at + 1, 128, scale, p, to);
-                else
-                    read_head(q, k, v, at + 1, size, scale, p, to);
-            }
+        for (long r = 0; r < rows; r++) memcpy(s->x + r * bytes, (const char *)m->embedding + ids[r] * bytes, (size_t)bytes);
+        for (const Layer *l = m->layers; l < m->layers + m->count; l++) {
+            linear(s->x, rows, width, l->before_attention, &l->qkv, s->heads, STORE, m, s);
+            attend(m, l, s, rows, places, p, q);
+            linear(s->mixed, rows, m->queries * m->size, 0, &l->output, s->x, ADD, m, s);
+            linear(s->x, rows, width, l->before_mlp, &l->gate_up, s->inside, GATE, m, s);
+            linear(s->inside, rows, m->inner, 0, &l->down, s->x, ADD, m, s);
         }
+        linear(s->x, rows, width, m->norm, &m->head, logits, STORE, m, s);
+        end_products();
         free(p);
         free(q);
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,28 @@ from opd_lightning.samplers.decoder import GROWTH, Decoder, Weights
 from opd_lightning.samplers.engines import engine_for
 from tests.samplers import test_decoder
 
-MODELS = test_decoder.known(
-    vocab_size=77,  # no multiple of sixteen
-    hidden_size=96,
-    intermediate_size=64,
-    num_attention_heads=6,
-    head_dim=32,  # in registers are 64 and 128
-    initializer_range=0.2,
-)
+SIZES: dict[str, Any] = {
+    "vocab_size": 77,  # no multiple of sixteen
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_attention_heads": 6,
+    "head_dim": 32,
+    "initializer_range": 0.2,
+}
+MODELS = test_decoder.known(**SIZES)
+# six queries share a key: four and two, of 64 numbers and 32
+MODELS["wide heads"] = test_decoder.known(**{**SIZES, "head_dim": 96, "num_key_value_heads": 1})["llama"]
 NAMES = ("llama", "tied", "biased", "mistral", "qwen2", "qwen3")
 builds = pytest.mark.skipif(not compiled.supported() or library() is None, reason="no processor or no compiler for it")
+
+
+@pytest.fixture(params=["vectors", "tiles"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the function multiplies: a processor with tiles can do both."""
+    tiles = request.param == "tiles"
+    if tiles and not compiled.has_tiles():
+        pytest.skip("no processor for it")
+    monkeypatch.setattr(compiled, "library", partial(library, tiles))
 
 
 def made(name: str, adapter: bool = False, mixed: bool = False) -> Any:
@@ -75,12 +88,14 @@ def exactly(model: Any, rows: int) -> torch.Tensor:
     [
         *[(name, 5, False) for name in NAMES],
         ("llama", 1, False),
+        ("wide heads", 3, False),
         ("scaled rotary", 20, False),
         ("qwen3", 70, False),
         ("biased", 20, True),
     ],
 )
 @pytest.mark.parametrize("mixed", [False, True], ids=["whole", "mixed"])
+@pytest.mark.usefixtures("way")
 def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapter: bool, mixed: bool) -> None:
     """Groups of sixteen rows, full and not, and more than four; biases, head norms, adapters; rows that come and go."""
     model = made(name, adapter, mixed)
@@ -113,8 +128,31 @@ def assert_rows_do_not_depend_on_their_batch(model: Any, kind: type[Decoder], vo
 
 
 @builds
+@pytest.mark.usefixtures("way")
 def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
     assert_rows_do_not_depend_on_their_batch(made("qwen2"), CompiledDecoder, vocabulary)
+
+
+def assert_rows_may_join_as_the_cache_grows(model: Any, kind: type[Decoder], dtype: torch.dtype, apart: float) -> None:
+    """The cache moves while prompts are read, not in a step."""
+    found = []
+    for each in (Decoder, kind):
+        weights = Weights(base_of(model), dtype, each.packs)
+        weights.load(base_of(model), 77)
+        decoder = each(base_of(model), weights, 2, 3, 2 * GROWTH)
+        decoder.admit([(5, 6, 7)])
+        while max(decoder.lengths) < decoder.room:
+            decoder.step(torch.tensor([max(decoder.lengths) % 70 + 3]))
+        before = decoder.room
+        decoder.admit([(8, 9)])
+        assert decoder.room > before
+        found.append(torch.stack([decoder.step(torch.tensor([i, i + 1])) for i in (4, 5, 6)]).double())
+    assert (found[1] - found[0]).square().mean().sqrt() <= apart * found[0].std()
+
+
+@builds
+def test_a_row_that_joins_as_the_cache_grows() -> None:
+    assert_rows_may_join_as_the_cache_grows(made("llama"), CompiledDecoder, torch.bfloat16, 0.05)
 
 
 def assert_no_number_is_told(model: Any, layer: str, vocabulary: Vocabulary) -> None:
@@ -129,6 +167,15 @@ def assert_no_number_is_told(model: Any, layer: str, vocabulary: Vocabulary) -> 
 @builds
 def test_weights_that_are_not_numbers_are_told(vocabulary: Vocabulary) -> None:
     assert_no_number_is_told(made("llama"), "down_proj", vocabulary)
+
+
+@builds
+def test_one_token_behind_one_token(vocabulary: Vocabulary) -> None:
+    """The smallest cache there is."""
+    model = made("llama")
+    (told,) = NativeSampler(max_new_tokens=1, temperature=0.0).write(model, [(5,)], [0], vocabulary, 0)
+    logits = model(torch.tensor([[5]])).logits[0, 0, :77].float()
+    assert logits[told.ids[0]] >= logits.max() - 0.1 * logits.std()
 
 
 @pytest.mark.skipif(not compiled.supported(), reason="no processor for it")

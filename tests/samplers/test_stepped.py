@@ -11,12 +11,13 @@ import torch
 from opd_lightning.models import Vocabulary
 from opd_lightning.models.lora import base_of
 from opd_lightning.samplers import NativeSampler
-from opd_lightning.samplers.decoder import GROWTH, Decoder, Weights
+from opd_lightning.samplers.decoder import Decoder
 from opd_lightning.samplers.stepped import FEATURES, StepDecoder, computes, library
 from tests.samplers import test_decoder
 from tests.samplers.test_compiled import (
     assert_no_number_is_told,
     assert_rows_do_not_depend_on_their_batch,
+    assert_rows_may_join_as_the_cache_grows,
     decoders,
     exactly,
     vocabulary,
@@ -85,20 +86,7 @@ def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
 
 @builds
 def test_a_row_that_joins_as_the_cache_grows() -> None:
-    """The cache moves while prompts are read, not in a step."""
-    model, found = made("llama"), []
-    for kind in (Decoder, StepDecoder):
-        weights = Weights(base_of(model), torch.float32, kind.packs)
-        weights.load(base_of(model), 77)
-        decoder = kind(base_of(model), weights, 2, 3, 2 * GROWTH)
-        decoder.admit([(5, 6, 7)])
-        while max(decoder.lengths) < decoder.room:
-            decoder.step(torch.tensor([max(decoder.lengths) % 70 + 3]))
-        before = decoder.room
-        decoder.admit([(8, 9)])
-        assert decoder.room > before
-        found.append(torch.stack([decoder.step(torch.tensor([i, i + 1])) for i in (4, 5, 6)]))
-    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    assert_rows_may_join_as_the_cache_grows(made("llama"), StepDecoder, torch.float32, 1e-5)
 
 
 @builds
