@@ -355,7 +355,7 @@ class OPDModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # Every parameter in one group: Lightning maps states to sharded strategies by position in parameters().
-        optimizer = self.optimizer(self.parameters())
+        optimizer = strategies.clippable(self.optimizer(self.parameters()), self._trainer)
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}

@@ -10,8 +10,16 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.optim import Optimizer
 
 from opd_lightning import parallel
+
+
+def clippable(optimizer: Optimizer, trainer: Any) -> Optimizer:
+    """The same; under bf16-mixed, where no scaler is at work, Lightning clips for fused optimizers too instead of refusing."""
+    if trainer is not None and trainer.precision == "bf16-mixed":
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
 
 
 class FSDP2Strategy(ModelParallelStrategy):

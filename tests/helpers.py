@@ -25,7 +25,7 @@ def tiny_module(
         Student(student, lora=lora),
         kwargs.pop("teacher", None) or FrozenTeacher(teacher),
         objective or Objective(ReverseKL()),
-        optimizer=partial(torch.optim.AdamW, lr=kwargs.pop("lr", 1e-2)),
+        optimizer=partial(torch.optim.AdamW, lr=kwargs.pop("lr", 1e-2), eps=kwargs.pop("eps", 1e-8)),
         **kwargs,
     )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from opd_lightning import trainer as trainer_module
-from tests.helpers import tiny_data, tiny_module, tiny_trainer
+from tests.helpers import tiny_data, tiny_module, tiny_trainer, weights
 
 
 @pytest.fixture
@@ -37,6 +38,19 @@ def test_the_precision_of_float32_products_is_set_and_measured(tmp_path: Path, l
 def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.float32_matmul='low'.*medium"):
         tiny_trainer(tmp_path, float32_matmul="low")
+
+
+def test_a_fused_optimizer_clips_under_mixed_precision(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Stock Lightning refuses after the first rollouts."""
+    moved = {}
+    for clip in (None, 1e-9):
+        module = tiny_module(pair)
+        module.optimizer = partial(torch.optim.SGD, lr=1.0, fused=True)
+        module.configure_model()
+        before = weights(module)
+        tiny_trainer(tmp_path, precision="bf16-mixed", max_steps=1, gradient_clip_val=clip).fit(module, tiny_data())
+        moved[clip] = sum(float((w - before[n]).square().sum()) for n, w in weights(module).items()) ** 0.5
+    assert moved[None] > 1e-3 and moved[1e-9] < 1e-6
 
 
 def test_generating_without_any_prompt_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

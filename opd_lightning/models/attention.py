@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from opd_lightning.models.packing import FULL_ENOUGH, WORTH_SHARING, Call, Layout, lay_out
+from opd_lightning.models.packing import FULL_ENOUGH, MULTIPLE, WORTH_SHARING, Call, Layout, lay_out
 from opd_lightning.ops.attention import CausalAttention
 from opd_lightning.ops.masks import flatten_completions
 from opd_lightning.types import Rendering
@@ -60,12 +62,30 @@ def attention(
         raise NotImplementedError(f"{type(module).__name__} is not plain causal attention ({', '.join(added) or 'not causal'})")
     line = [x[0].transpose(0, 1) for x in (query, key, value)]  # (M, heads, d)
     calls = opd_layout.calls
-    own = zip(*(x.split([stop - start for start, stop in (c.span for c in calls)]) for x in line), strict=True)
-    out = [_attend(call, x, line[1:], dropout, scaling) for call, x in zip(calls, own, strict=True)]
+    sizes = [stop - start for start, stop in (c.span for c in calls)]
+    rest = len(line[0]) - sum(sizes)
+    parts = [x.split([*sizes, rest]) for x in line]
+    seen = [_Line([c.span[0] for c in calls], x) for x in parts[1:]]
+    *own, _ = zip(*parts, strict=True)
+    out = [_attend(call, x, seen, dropout, scaling) for call, x in zip(calls, own, strict=True)]
+    if rest:
+        out.append(value.new_zeros(rest, *out[0].shape[1:]))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
 
 
-def _attend(call: Call, own: Sequence[Tensor], line: Sequence[Tensor], dropout: float, scaling: float | None) -> Tensor:
+@dataclass(frozen=True)
+class _Line:
+    """The tokens of all calls, call by call: what is cut from one costs a backward pass of its length, not of the line's."""
+
+    starts: Sequence[int]
+    parts: Sequence[Tensor]
+
+    def cut(self, start: int, stop: int) -> Tensor:
+        at = bisect_right(self.starts, start) - 1
+        return self.parts[at][start - self.starts[at] : stop - self.starts[at]]
+
+
+def _attend(call: Call, own: Sequence[Tensor], line: Sequence[_Line], dropout: float, scaling: float | None) -> Tensor:
     """(own tokens, heads, d) of the segments of one call, from their own queries, keys and values and all keys and values."""
     queries, *seen = (_rows(x, call) for x in own)
     keys, values = (_with_context(x, whole, call) for x, whole in zip(seen, line, strict=True))
@@ -90,9 +110,9 @@ def _rows(x: Tensor, call: Call) -> Tensor:
     return x.view(call.rows, call.length, *x.shape[1:]).transpose(1, 2)
 
 
-def _with_context(own: Tensor, line: Tensor, call: Call) -> Tensor:
+def _with_context(own: Tensor, line: _Line, call: Call) -> Tensor:
     """(rows, heads, context + length, d)."""
-    before = [line[slice(*span)].transpose(0, 1).expand(call.rows, -1, -1, -1) for span in call.context]
+    before = [line.cut(*span).transpose(0, 1).expand(call.rows, -1, -1, -1) for span in call.context]
     return torch.cat([*before, own], 2) if before else own
 
 
@@ -103,8 +123,9 @@ def completion_states(decoder: Any, text: Rendering) -> Tensor:
     decoder: padding stands behind every real token, so causal attention never sees it and no attention mask is needed.
     """
     if _packs(decoder, text):
-        worth = None if _draws(decoder) else WORTH_SHARING
-        return line_states(decoder, lay_out(text, worth, FULL_ENOUGH if decoder.dtype == torch.bfloat16 else None))
+        worth, half = None if _draws(decoder) else WORTH_SHARING, _is_bfloat16(decoder, text.ids.device.type)
+        programs = text.ids.is_cpu and (half or torch.get_float32_matmul_precision() != "highest")
+        return line_states(decoder, lay_out(text, worth, FULL_ENOUGH if half else None, MULTIPLE if programs else 1))
     return flatten_completions(decoder(input_ids=text.ids, use_cache=False).last_hidden_state, text.mask)
 
 
@@ -131,6 +152,12 @@ def window_of(decoder: Any) -> int | None:
 def _packs(decoder: Any, text: Rendering) -> bool:
     rows, length = text.ids.shape
     return rows > 0 and decoder.config._attn_implementation == NAME and length <= (window_of(decoder) or length)
+
+
+def _is_bfloat16(decoder: Any, device: str) -> bool:
+    """Whether a decoder's products are."""
+    mixed = torch.is_autocast_enabled(device)
+    return bool((torch.get_autocast_dtype(device) if mixed else decoder.dtype) == torch.bfloat16)
 
 
 def _draws(decoder: Any) -> bool:

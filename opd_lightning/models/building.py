@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from opd_lightning import parallel
-from opd_lightning.models.distributions import pack_rows, prove_head
+from opd_lightning.models.attention import NAME as PACKED
+from opd_lightning.models.distributions import become_packed, pack_rows, prove_head
 from opd_lightning.models.loading import hollow
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.students import Student
@@ -41,16 +42,16 @@ class Plan:
 
     Attributes:
         parameters: name, size, type and whether it is trained.
-        attention: which implementation its decoder runs.
+        packs: whether it was proven to pack rows.
     """
 
     parameters: tuple[tuple[str, tuple[int, ...], torch.dtype, bool], ...]
-    attention: str
+    packs: bool
 
     @classmethod
     def of(cls, network: nn.Module) -> Plan:
         found = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in network.named_parameters())
-        return cls(found, _decoder(network).config._attn_implementation)
+        return cls(found, _decoder(network).config._attn_implementation == PACKED)
 
 
 class ReadOnce:
@@ -119,9 +120,8 @@ class ReadOnce:
                 vars(leaf).update(before)
                 leaf.build(student, share=False)
         for network, plan in zip(networks_of(student, self.leaves), plans, strict=True):
-            decoder = _decoder(network)
-            if decoder.config._attn_implementation != plan.attention:  # the first process has proven it
-                decoder.set_attn_implementation(plan.attention)
+            if plan.packs:
+                become_packed(network)
         return student, notes
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from opd_lightning.models.attention import NAME as PACKED
 from opd_lightning.models.attention import completion_states, line_states, window_of
+from opd_lightning.models.fusing import fuse, split
 from opd_lightning.models.lora import base_of
 from opd_lightning.models.packing import lay_out
 from opd_lightning.models.processors import expect_shown, eyes_attached, looks, seen_states
@@ -140,7 +141,8 @@ def prove_head(model: nn.Module) -> None:
 
 
 def pack_rows(model: nn.Module) -> bool:
-    """Let a model score completions without padding and with shared beginnings computed once, if that proves exact.
+    """Let a model score completions without padding, with shared beginnings computed once and small operations fused, if that
+    proves exact.
 
     The model then carries `PACKED` as its attention implementation. Otherwise it is left as it was, and a line says why.
 
@@ -154,9 +156,9 @@ def pack_rows(model: nn.Module) -> bool:
         return True
     reason = f"its attention implementation is {before!r}, not 'sdpa'"
     if before == "sdpa":
-        decoder.set_attn_implementation(PACKED)
-        reason = _why_not(model, decoder)
+        reason = _pack(model, decoder)
     if reason:
+        split(base)
         decoder.set_attn_implementation(before)
         rank_zero_info(f"{type(base).__name__} scores padded rows: {reason}")
     elif (window := window_of(decoder)) is not None:
@@ -164,9 +166,16 @@ def pack_rows(model: nn.Module) -> bool:
     return not reason
 
 
+def become_packed(model: nn.Module) -> None:
+    """Let a model pack without a proof: as another process has proven it."""
+    base: Any = base_of(model)
+    fuse(base)
+    base.get_decoder().set_attn_implementation(PACKED)
+
+
 @torch.no_grad()
-def _why_not(model: nn.Module, decoder: Any) -> str:
-    """Empty if packed and padded rows give the same states on a few tokens."""
+def _pack(model: nn.Module, decoder: Any) -> str:
+    """Change the decoder. Empty if packed rows then give the states that padded ones gave before, on a few tokens."""
     vocab = decoder.get_input_embeddings().num_embeddings
     begun = [i * 7 % vocab for i in range(1, 9)]
     completions = [[i * k % vocab for i in range(1, n)] for k, n in ((11, 8), (13, 6), (17, 8))]
@@ -174,6 +183,7 @@ def _why_not(model: nn.Module, decoder: Any) -> str:
     try:
         with evaluating(model):
             expected = flatten_completions(decoder(input_ids=text.ids, use_cache=False).last_hidden_state, text.mask)
+            become_packed(model)
             found = line_states(decoder, lay_out(text, worth_sharing=1))
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return f"a packed forward pass ends with {type(error).__name__}: {error}"

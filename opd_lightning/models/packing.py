@@ -26,6 +26,11 @@ FULL_ENOUGH = 0.75
 it. With 16 rows of 17 to 128 tokens behind one prompt, a pass with backward takes 0.88 of the time of one call for each length.
 In float32 a CPU starts calls cheaply: there only equal lengths share one."""
 
+MULTIPLE = 64
+"""On a CPU, in bfloat16 and where float32 is multiplied as such, the line has a multiple of so many tokens: oneDNN makes a
+program for every new shape of a product. That takes 1.3 to 5 ms, longer than a small product itself, and in training would come
+again with every batch."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -74,9 +79,9 @@ class Layout:
     """A micro-batch as one line of M tokens.
 
     Attributes:
-        ids: (1, M).
+        ids: (1, M). Tokens behind the last call belong to no row.
         positions: (1, M) place of each token in its row, from 0.
-        calls: cover the line from left to right.
+        calls: stand in the line from left to right.
         scored: (N,) place in the line of the state of each completion token, row by row.
     """
 
@@ -86,13 +91,16 @@ class Layout:
     scored: Tensor
 
 
-def lay_out(text: Rendering, worth_sharing: int | None = WORTH_SHARING, full_enough: float | None = None) -> Layout:
+def lay_out(
+    text: Rendering, worth_sharing: int | None = WORTH_SHARING, full_enough: float | None = None, multiple: int = 1
+) -> Layout:
     """Tokens behind a row's last scored position are left out: no scored state depends on them.
 
     Args:
         text: right-padded rows.
         worth_sharing: tokens that a shared beginning must save; None shares nothing.
         full_enough: shortest segment that attends padded, as a share of the longest beside it; None is the device's own.
+        multiple: of what the line is filled up to.
     """
     if full_enough is None:
         full_enough = 1.0 if text.ids.is_cpu else FULL_ENOUGH
@@ -113,9 +121,10 @@ def lay_out(text: Rendering, worth_sharing: int | None = WORTH_SHARING, full_eno
         spans[segment] = (end, end + segment.length)
         place[list(segment.rows), segment.start : segment.stop] = np.arange(end, end + segment.length)
         end += segment.length
+    rest = np.zeros(-end % multiple, dtype=np.int64)
     return Layout(
-        ids=_tensor(np.concatenate([ids[s.rows[0], s.start : s.stop] for s in spans])[None], device),
-        positions=_tensor(np.concatenate([np.arange(s.start, s.stop) for s in spans])[None], device),
+        ids=_tensor(np.concatenate([*(ids[s.rows[0], s.start : s.stop] for s in spans), rest])[None], device),
+        positions=_tensor(np.concatenate([*(np.arange(s.start, s.stop) for s in spans), rest])[None], device),
         calls=tuple(_call(batch, spans, device) for batch in line),
         scored=_tensor(place[:, :-1][mask], device),
     )

@@ -12,7 +12,7 @@ moves 8 bytes a weight, so it is done once for many tokens, and not at all where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -31,8 +31,8 @@ TOKENS = 256
 long a token, since each tile reads the whole weight."""
 
 GATHERED = 2**11
-"""Bytes that each entry of a vocabulary (of at least 49 152) may take of logit gradients if that saves a trained head the sum:
-1 024 tokens in bfloat16. Beside a sum it is half as much."""
+"""Bytes that each entry of a vocabulary (of at least 49 152) may take of logit gradients of a trained head: 1 024 tokens in
+bfloat16."""
 
 ROWS = 256
 """Tokens whose gradient is multiplied with the weight at a time on a CPU: with 1024 of a vocabulary of 49 152 it takes 1.6 x as
@@ -41,7 +41,7 @@ long."""
 BLOCK = 2**19
 """Logits whose values and gradient are made at a time on a CPU: their float32 temporaries (2 MiB each) stay in its cache."""
 
-PIECE = 4096
+PIECE = 512
 """Vocabulary rows of the weight gradient that are multiplied and added at a time."""
 
 
@@ -55,13 +55,13 @@ def tokens_at_once(tokens: int, vocab: int, dtype: torch.dtype, gathers: bool) -
         gathers: whether it is a matrix that is trained.
 
     >>> tokens_at_once(512, 151_936, torch.bfloat16, gathers=True), tokens_at_once(8192, 151_936, torch.bfloat16, gathers=True)
-    ((512, 512), (256, 512))
+    ((512, 512), (256, 1024))
     """
     tile = gathered = max(1, (TILE if gathers else 2 * TILE) // vocab // TOKENS) * TOKENS
     if gathers:
         most = max(GATHERED, 4 * TILE // vocab) // dtype.itemsize
         tile = tokens if tokens <= most else tile
-        gathered = tokens if tokens <= most else max(most // 2 // tile, 1) * tile
+        gathered = tokens if tokens <= most else max(most // tile, 1) * tile
     return min(tile, tokens), min(gathered, tokens)
 
 
@@ -129,6 +129,34 @@ def score_rows(
     return list(outputs), work.measured
 
 
+class Gradients(NamedTuple):
+    """What a pass over the tokens leaves behind it.
+
+    Attributes:
+        hidden: of the hidden states; None if it was not wanted.
+        parameters: of the head's parameters, in float32 or wider if summed over tiles.
+        room: memory that the tiles had, in the shape and the precision of the weight.
+    """
+
+    hidden: Tensor | None
+    parameters: list[Tensor]
+    room: Tensor | None
+
+    def times(self, size: float, trained: Sequence[Tensor]) -> Gradients:
+        """The same, ``size`` times as large; the memory is reused."""
+        pairs = zip(self.parameters, trained, strict=True)  # scaled, they may not fit into float16
+        parameters = [g.to(torch.promote_types(g.dtype, p.dtype)).mul_(size) for g, p in pairs]
+        return Gradients(None if self.hidden is None else self.hidden.mul_(size), parameters, self.room)
+
+    def rounded(self, trained: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters' gradients in the precision of the parameters."""
+        room = self.room
+        return [
+            room.copy_(g) if room is not None and (room.shape, room.dtype) == (p.shape, p.dtype) else g.to(p.dtype)
+            for g, p in zip(self.parameters, trained, strict=True)
+        ]
+
+
 class _Work:
     """The tile loop, and what it leaves."""
 
@@ -136,13 +164,13 @@ class _Work:
         self.head, self.rows, self.expected = head, rows, expected
         self.outputs: list[Tensor] = []
         self.measured: dict[Hashable, Tensor] = {}
-        self.ready: tuple[Tensor | None, list[Tensor]] | None = None
+        self.ready: Gradients | None = None
         self.autocast = autocast
         self.random: tuple[Tensor, list[int], list[Tensor]] | None = None  # for dropout in an adapted head
 
     def run(
         self, hidden: Tensor, factors: Sequence[Tensor | None] | None, wanted: bool, outputs_wanted: bool
-    ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+    ) -> tuple[list[Tensor], Gradients]:
         """One pass over the tokens.
 
         Args:
@@ -152,11 +180,11 @@ class _Work:
             outputs_wanted: False in the backward pass.
 
         Returns:
-            outputs, the hidden states' gradient, the parameters' gradients (in float32 or wider if summed over tiles).
+            outputs, and what the factors make of them.
         """
         gathers = self.head.plain and bool(self.head.trained) and factors is not None
         tile, gathered = tokens_at_once(len(hidden), _width(self.head), hidden.dtype, gathers)
-        product = _Product(self.head, hidden, wanted and factors is not None, gathered)
+        product = _Product(self.head, hidden, wanted and factors is not None, gathers, gathered)
         block = tile
         if hidden.device.type == "cpu":
             block = max(1, BLOCK // self.head.vocab)
@@ -176,7 +204,7 @@ class _Work:
             if factors is not None:
                 product.backward(values, start, stop)
         outputs, self.outputs = self.outputs, []
-        return outputs, product.of_hidden, product.of_parameters
+        return outputs, Gradients(product.of_hidden, product.of_parameters, product.room)
 
     def _keep(self, scored: Scored, a: int, b: int, count: int) -> None:
         """Copy a block's results to their place: left as they are, they would split the memory that the block frees."""
@@ -188,14 +216,14 @@ class _Work:
         for key, part in scored.measured.items():
             self.measured[key][a:b] = part
 
-    def again(self, hidden: Tensor, factors: Sequence[Tensor | None], wanted: bool) -> tuple[Tensor | None, list[Tensor]]:
+    def again(self, hidden: Tensor, factors: Sequence[Tensor | None], wanted: bool) -> Gradients:
         """The gradients for these factors, in a pass of their own."""
         devices = self.random[1] if self.random is not None else []
         with torch.random.fork_rng(devices, enabled=self.random is not None), self.autocast:
             if self.random is not None:
                 torch.set_rng_state(self.random[0])
                 set_device_states(*self.random[1:])
-            return self.run(hidden, factors, wanted, False)[1:]
+            return self.run(hidden, factors, wanted, False)[1]
 
     def _block(self, values: Tensor, others: list[Tensor], a: int, b: int, factors: list[Tensor | None] | None) -> Scored:
         """Score some rows and overwrite their matrix product with its gradient."""
@@ -219,13 +247,14 @@ class _Work:
 class _Product:
     """The head's matrix product, tile by tile, forwards and backwards."""
 
-    def __init__(self, head: Head, hidden: Tensor, of_hidden: bool, gathered: int) -> None:
-        self.head, self.hidden, self.gathered = head, hidden, gathered
+    def __init__(self, head: Head, hidden: Tensor, of_hidden: bool, of_weight: bool, gathered: int) -> None:
+        self.head, self.hidden, self.of_weight, self.gathered = head, hidden, of_weight, gathered
         self.of_hidden = torch.empty_like(hidden) if of_hidden else None
         self.trained = head.trained
         self.of_parameters: list[Tensor] = []
         self._graph: tuple[Tensor, Tensor] | None = None
         self._buffer: Tensor | None = None
+        self.room: Tensor | None = None
         module: Any = head.module
         self.weight: Tensor | None = module.weight.detach().to(hidden.dtype) if head.plain else None
         self.bias: Tensor | None = module.bias if head.plain else None
@@ -235,7 +264,7 @@ class _Product:
         states = self.hidden[start:stop]
         if self.weight is not None:
             if self._buffer is None:
-                self._buffer = states.new_empty(min(self.gathered, len(self.hidden)), self.weight.shape[0])
+                self._buffer = self._reserve(*self.weight.shape)
             at = start % self.gathered
             values = torch.mm(states, self.weight.t(), out=self._buffer[at : at + len(states)])
             return values if self.bias is None else values.add_(self.bias.detach())
@@ -244,6 +273,23 @@ class _Product:
             product: Tensor = self.head.module(leaf)
         self._graph = leaf, product
         return product.detach().clone()
+
+    def _reserve(self, vocab: int, width: int) -> Tensor:
+        """(gathered, R) memory for the products, behind that for the parameters' gradients.
+
+        What is asked for between two tiles is found where the first one was, or beside it, as the heap has it; then the second
+        tile is found elsewhere, and both count. A sum is rounded into the memory of the products for the same reason.
+        """
+        rows = min(self.gathered, len(self.hidden))
+        summed = rows < len(self.hidden)
+        if self.of_weight:
+            kinds = [_wide(p.dtype) if summed or p.ndim == 1 else self.hidden.dtype for p in self.trained]
+            self.of_parameters = [p.new_empty(p.shape, dtype=kind) for p, kind in zip(self.trained, kinds, strict=True)]
+        if not self.of_weight or not summed or self.hidden.dtype == _wide(self.hidden.dtype) or 2 * width < rows:
+            return self.hidden.new_empty(rows, vocab)
+        memory = self.hidden.new_empty(max(rows, width) * vocab)
+        self.room = memory[: vocab * width].view(vocab, width)
+        return memory[: rows * vocab].view(rows, vocab)
 
     def backward(self, gradient: Tensor, start: int, stop: int) -> None:
         """Carry a tile's gradient on to its hidden states and to the parameters."""
@@ -255,7 +301,9 @@ class _Product:
             )
             if self.of_hidden is not None:
                 self.of_hidden[start:stop] = of_leaf
-            for total, part in zip(self._sums(torch.zeros), of_parameters, strict=True):
+            if not self.of_parameters:
+                self.of_parameters = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in self.trained]
+            for total, part in zip(self.of_parameters, of_parameters, strict=True):
                 total += part
             return
         if self.of_hidden is not None:
@@ -263,31 +311,22 @@ class _Product:
             for a in range(start, stop, step):
                 b = min(a + step, stop)
                 torch.mm(gradient[a - start : b - start], self.weight, out=self.of_hidden[a:b])
-        if self.trained and (stop % self.gathered == 0 or stop == len(self.hidden)):
+        if self.of_weight and (stop % self.gathered == 0 or stop == len(self.hidden)):
             self._weigh((stop - 1) // self.gathered * self.gathered, stop)
 
     def _weigh(self, start: int, stop: int) -> None:
         """Carry the gathered logit gradients of these tokens on to the parameters."""
         assert self._buffer is not None
         gradient, states = self._buffer[: stop - start], self.hidden[start:stop]
-        if len(gradient) == len(self.hidden):  # nothing to sum
-            self.of_parameters = [
-                gradient.t() @ states if p.ndim == 2 else gradient.sum(0, dtype=_wide(p.dtype)) for p in self.trained
-            ]
-            return
-        put = Tensor.add_ if self.of_parameters else Tensor.copy_
-        for parameter, total in zip(self.trained, self._sums(torch.empty), strict=True):
+        put = Tensor.add_ if start else Tensor.copy_
+        for parameter, total in zip(self.trained, self.of_parameters, strict=True):
             if parameter.ndim == 1:
                 put(total, gradient.sum(0, dtype=total.dtype))
-                continue
-            for a in range(0, len(total), PIECE):
-                put(total[a : a + PIECE], torch.mm(gradient[:, a : a + PIECE].t(), states))
-
-    def _sums(self, make: Callable[..., Tensor]) -> list[Tensor]:
-        """The parameters' gradients so far; made when the first is added."""
-        if not self.of_parameters:
-            self.of_parameters = [make(p.shape, dtype=_wide(p.dtype), device=p.device) for p in self.trained]
-        return self.of_parameters
+            elif len(gradient) == len(self.hidden):  # nothing to sum
+                torch.mm(gradient.t(), states, out=total)
+            else:
+                for a in range(0, len(total), PIECE):
+                    put(total[a : a + PIECE], torch.mm(gradient[:, a : a + PIECE].t(), states))
 
 
 class _Fused(torch.autograd.Function):
@@ -297,9 +336,9 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, work: _Work, *trained: Tensor) -> tuple[Tensor, ...]:
         needed = ctx.needs_input_grad[0] or bool(trained)
         factors = work.expected if needed else None
-        outputs, of_hidden, of_parameters = work.run(hidden, factors, ctx.needs_input_grad[0], True)
+        outputs, found = work.run(hidden, factors, ctx.needs_input_grad[0], True)
         if factors is not None:
-            work.ready = of_hidden, of_parameters
+            work.ready = found
         ctx.work = work
         ctx.save_for_backward(hidden)
         ctx.set_materialize_grads(False)
@@ -310,20 +349,14 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *factors: Tensor | None) -> tuple[Any, ...]:
         work: _Work = ctx.work
         (hidden,) = ctx.saved_tensors
-        size = _common_factor(factors, work.expected) if work.ready is not None else None
-        if size is not None and work.ready is not None:
-            of_hidden, of_parameters = work.ready
-            work.ready = None  # a second backward pass computes it again
-            pairs = zip(of_parameters, work.head.trained, strict=True)  # scaled, they may not fit into float16
-            of_parameters = [g.to(torch.promote_types(g.dtype, p.dtype)) for g, p in pairs]
-            if size != 1.0:
-                for gradient in (of_hidden, *of_parameters):
-                    if gradient is not None:
-                        gradient.mul_(size)
-        else:
-            of_hidden, of_parameters = work.again(hidden, factors, ctx.needs_input_grad[0])
-        trained = work.head.trained
-        return of_hidden, None, *(g.to(p.dtype) for g, p in zip(of_parameters, trained, strict=True))
+        found, work.ready = work.ready, None  # a second backward pass computes it again
+        size = _common_factor(factors, work.expected) if found is not None else None
+        if found is None or size is None:
+            found = None  # makes room for the right ones
+            found = work.again(hidden, factors, ctx.needs_input_grad[0])
+        elif size != 1.0:
+            found = found.times(size, work.head.trained)
+        return found.hidden, None, *found.rounded(work.head.trained)
 
 
 def _common_factor(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None] | None) -> float | None:

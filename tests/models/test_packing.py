@@ -115,13 +115,15 @@ def test_a_preamble_is_shared_below_which_groups_share_their_prompt() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("full_enough", [1.0, 0.0], ids=["one length a call", "padded calls"])
-def test_states_and_gradients_in_float64(shape: str, full_enough: float) -> None:
+@pytest.mark.parametrize(("full_enough", "multiple"), [(1.0, 1), (0.0, 64)], ids=["one length a call", "padded calls"])
+def test_states_and_gradients_in_float64(shape: str, full_enough: float, multiple: int) -> None:
     model, text = llama().double(), rendering(shape)
     expected = row_by_row(model, text)
     wanted = gradients(model, expected) if len(expected) else []
     assert pack_rows(model)
-    found = line_states(model.get_decoder(), lay_out(text, full_enough=full_enough))
+    layout = lay_out(text, full_enough=full_enough, multiple=multiple)
+    assert layout.ids.shape[1] % multiple == 0
+    found = line_states(model.get_decoder(), layout)
     same(found, expected, 1e-6)  # the norms of transformers' Llama round to float32
     if wanted:
         same(gradients(model, found), wanted, 1e-5)
@@ -233,9 +235,9 @@ def test_rows_of_a_group_draw_their_own_dropout(pair: tuple[Path, Path], source:
     pack_rows(student)
     lengths = []
 
-    def seen(text: Rendering, worth_sharing: int | None, full_enough: float | None) -> Layout:
+    def seen(text: Rendering, worth_sharing: int | None, *rest: Any) -> Layout:
         lengths.append(lay_out(text, worth_sharing).ids.shape[1])
-        return lay_out(text, worth_sharing, full_enough)
+        return lay_out(text, worth_sharing, *rest)
 
     monkeypatch.setattr(attention_module, "lay_out", seen)
     laws_of(student, rendering("group"), 22).hidden.sum().backward()

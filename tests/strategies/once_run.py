@@ -91,7 +91,8 @@ class Begun(pl.Callback):
             for rank, theirs in enumerate(parallel.gather_objects(buffers)):
                 self.found |= {f"{i}.{n}@{rank}": b for n, b in theirs.items()}
             self.found[f"{i} attention"] = network.config._attn_implementation  # type: ignore[assignment]
-            self.found[f"{i} training"] = [m.training for m in network.modules()]  # type: ignore[assignment]
+            mine = [(hasattr(type(m), "stock"), m.training) for m in network.modules()]
+            self.found[f"{i} fused, training"] = parallel.gather_objects(mine)  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from opd_lightning.models import (
 )
 from opd_lightning.samplers import NativeSampler
 from tests.helpers import tiny_data, tiny_module, tiny_trainer
+from tests.strategies.swap_run import EPS
 
 
 def teacher_of(kind: str, big: Path) -> Teacher:
@@ -57,7 +58,7 @@ class Domains(TaskPrompts):
 def run(root: Path, pair: tuple[Path, Path], strategy: str, devices: int, kind: str, lora: bool, resume: str = "") -> dict:
     """Four steps, two per refresh; returns whole weights of student and teacher, and measurements."""
     pl.seed_everything(0, verbose=False)
-    module = tiny_module(pair, lora=LoRA(r=4) if lora else None, teacher=teacher_of(kind, pair[1]))
+    module = tiny_module(pair, lora=LoRA(r=4) if lora else None, teacher=teacher_of(kind, pair[1]), eps=EPS)
     siblings = kind == "siblings"
     sampler = NativeSampler(max_new_tokens=8)
     evaluation = CompletionEval(every_n_steps=2, sampler=sampler, samples_per_prompt=4 if siblings else 1, seed=5)
