@@ -41,8 +41,6 @@ static inline long most(long a, long b) { return a > b ? a : b; }
 
 /* ---- numbers ------------------------------------------------------------------------------------------------------------- */
 
-static inline __m512i load(const bf16 *x) { return _mm512_loadu_si512(x); }
-
 /* Places of a column of a table with sixteen columns. */
 static inline __m512i every16th(void) {
     return _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);

@@ -1,6 +1,8 @@
 /* Products of bfloat16 rows with up to sixteen packed ones, in float32: by tiles (AMX) where the processor has them, by vectors
  * elsewhere. A packed tile holds 32 numbers of each row: pairs of numbers, the rows beside each other. Part of thin.c.
  */
+static inline __m512i load(const bf16 *x) { return _mm512_loadu_si512(x); }
+
 #ifdef __AMX_BF16__
 
 typedef struct {
@@ -105,16 +107,37 @@ MULTIPLY(four, __m128, __m128bh, _mm_setzero_ps, _mm_loadu_si128, _mm_set1_epi32
 MULTIPLY(eight, __m256, __m256bh, _mm256_setzero_ps, _mm256_loadu_si256, _mm256_set1_epi32, _mm256_dpbf16_ps, _mm256_storeu_ps)
 MULTIPLY(sixteen, __m512, __m512bh, _mm512_setzero_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_dpbf16_ps, _mm512_storeu_ps)
 
-static void block(const bf16 *a, const bf16 *b, const bf16 *next, const bf16 *packed, long width, long rows, float *sums) {
-    for (long top = 0; top < rows; top += 16, packed += width * 16, sums += 512) {
-        if (rows - top > 8) {
-            sixteen(a, packed, width, b, sums);
-            sixteen(b, packed, width, next, sums + 256);
-        } else {
-            eight(a, packed, width, b, sums);
-            eight(b, packed, width, next, sums + 256);
+/* The same with two groups of sixteen packed rows, eight rows of a at a time: each pair that is repeated meets both. */
+static void both(const bf16 *a, const bf16 *packed, long width, const bf16 *next, float *sums) {
+    const bf16 *second = packed + width * 16;
+    for (int half = 0; half < 16; half += 8) {
+        const bf16 *rows = a + half * width;
+        __m512 total[8], other[8];
+        for (int i = 0; i < 8; i++) total[i] = other[i] = _mm512_setzero_ps();
+        for (long k = 0; k < width; k += 32) {
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) _mm_prefetch(next + 16 * k + 32 * (half + i), _MM_HINT_T1);
+            for (long j = k; j < k + 32; j += 2) {
+                __m512bh x = (__m512bh)load(packed + j * 16), y = (__m512bh)load(second + j * 16);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) {
+                    __m512bh pair = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(rows + i * width + j));
+                    total[i] = _mm512_dpbf16_ps(total[i], x, pair);
+                    other[i] = _mm512_dpbf16_ps(other[i], y, pair);
+                }
+            }
+        }
+        for (int i = 0; i < 8; i++) {
+            _mm512_storeu_ps(sums + 16 * (half + i), total[i]);
+            _mm512_storeu_ps(sums + 512 + 16 * (half + i), other[i]);
         }
     }
+}
+
+static void block(const bf16 *a, const bf16 *b, const bf16 *next, const bf16 *packed, long width, long rows, float *sums) {
+    void (*multiply)(const bf16 *, const bf16 *, long, const bf16 *, float *) = rows > 16 ? both : rows > 8 ? sixteen : eight;
+    multiply(a, packed, width, b, sums);
+    multiply(b, packed, width, next, sums + 256);
 }
 
 static inline void score(const bf16 *a, const bf16 *packed, long width, float *sums) {
