@@ -43,3 +43,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("pair")
     student = save_tiny(root / "student", hidden=16, layers=2, heads=2, seed=1)
     return student, save_tiny(root / "teacher", hidden=32, layers=2, heads=4, seed=2)
+
+
+@pytest.fixture(params=["AVX512", "AVX2"])
+def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Functions in C as they are built for processors with these vectors; wider ones run what is for narrower ones."""
+    from opd_lightning.compiling import VECTORS
+    from opd_lightning.ops import packed, reverse_kl
+    from opd_lightning.samplers import stepped
+
+    names = list(VECTORS)
+    if names.index(request.param) < names.index(torch.backends.cpu.get_cpu_capability()):
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    for module in (packed, reverse_kl, stepped):
+        module.library.cache_clear()
+    yield
+    for module in (packed, reverse_kl, stepped):
+        module.library.cache_clear()

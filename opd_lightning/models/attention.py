@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from opd_lightning.models.packing import FULL_ENOUGH, MULTIPLE, WORTH_SHARING, Call, Layout, lay_out
+from opd_lightning.ops import packed
 from opd_lightning.ops.attention import CausalAttention
 from opd_lightning.ops.masks import flatten_completions
 from opd_lightning.types import Rendering
@@ -61,6 +63,9 @@ def attention(
     if added or kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"{type(module).__name__} is not plain causal attention ({', '.join(added) or 'not causal'})")
     line = [x[0].transpose(0, 1) for x in (query, key, value)]  # (M, heads, d)
+    if not dropout and packed.computes(*line) and len(opd_layout.segments.table) * key.shape[1] >= torch.get_num_threads():
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return packed.packed_attention(line[0], line[1], line[2], opd_layout.segments, scale)[None], None
     calls = opd_layout.calls
     sizes = [stop - start for start, stop in (c.span for c in calls)]
     rest = len(line[0]) - sum(sizes)
@@ -125,8 +130,20 @@ def completion_states(decoder: Any, text: Rendering) -> Tensor:
     if _packs(decoder, text):
         worth, half = None if _draws(decoder) else WORTH_SHARING, _is_bfloat16(decoder, text.ids.device.type)
         programs = text.ids.is_cpu and (half or torch.get_float32_matmul_precision() != "highest")
-        return line_states(decoder, lay_out(text, worth, FULL_ENOUGH if half else None, MULTIPLE if programs else 1))
+        return line_states(decoder, _laid_out(text, worth, FULL_ENOUGH if half else None, MULTIPLE if programs else 1))
     return flatten_completions(decoder(input_ids=text.ids, use_cache=False).last_hidden_state, text.mask)
+
+
+_LAID_OUT = WeakIdKeyDictionary()
+"""Layouts of the texts that are alive: student and teacher mostly read the same one."""
+
+
+@torch.inference_mode(False)  # what is made for a teacher also serves the student's graph
+def _laid_out(text: Rendering, *how: Any) -> Layout:
+    layouts: dict[tuple[Any, ...], Layout] = _LAID_OUT.setdefault(text, {})
+    if how not in layouts:
+        layouts[how] = lay_out(text, *how)
+    return layouts[how]
 
 
 def line_states(decoder: Any, layout: Layout) -> Tensor:

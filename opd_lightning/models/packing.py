@@ -8,13 +8,16 @@ one runs over the line as it is; `opd_lightning.models.attention` keeps the segm
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from opd_lightning.ops.packed import Segments, Span
 from opd_lightning.types import Rendering
 
 WORTH_SHARING = 32
@@ -79,16 +82,31 @@ class Layout:
     """A micro-batch as one line of M tokens.
 
     Attributes:
-        ids: (1, M). Tokens behind the last call belong to no row.
+        ids: (1, M). Tokens behind the last segment belong to no row.
         positions: (1, M) place of each token in its row, from 0.
-        calls: stand in the line from left to right.
         scored: (N,) place in the line of the state of each completion token, row by row.
+        batches: segments with the same context, next to each other; they stand in the line from left to right.
+        spans: where the segments stand.
     """
 
     ids: Tensor
     positions: Tensor
-    calls: tuple[Call, ...]
     scored: Tensor
+    batches: tuple[tuple[Segment, ...], ...]
+    spans: Mapping[Segment, Span]
+
+    @cached_property
+    @torch.inference_mode(False)  # what is made for a teacher also serves the student's graph
+    def calls(self) -> tuple[Call, ...]:
+        """Attention calls, one a batch, for kernels that take rows of one length."""
+        return tuple(_call(batch, self.spans, self.ids.device) for batch in self.batches)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def segments(self) -> Segments:
+        """The segments, for functions that take them as they are."""
+        rows = (segment for batch in self.batches for segment in batch)
+        return Segments.of([(self.spans[row], [self.spans[s] for s in row.context]) for row in rows])
 
 
 def lay_out(
@@ -115,7 +133,7 @@ def lay_out(
         families[segment.context].append(segment)
     line = [batch for family in families.values() for batch in _batches(family, full_enough)]
     place = np.zeros(ids.shape, dtype=np.int64)
-    spans: dict[Segment, tuple[int, int]] = {}
+    spans: dict[Segment, Span] = {}
     end = 0
     for segment in (segment for batch in line for segment in batch):
         spans[segment] = (end, end + segment.length)
@@ -125,8 +143,9 @@ def lay_out(
     return Layout(
         ids=_tensor(np.concatenate([*(ids[s.rows[0], s.start : s.stop] for s in spans), rest])[None], device),
         positions=_tensor(np.concatenate([*(np.arange(s.start, s.stop) for s in spans), rest])[None], device),
-        calls=tuple(_call(batch, spans, device) for batch in line),
         scored=_tensor(place[:, :-1][mask], device),
+        batches=tuple(map(tuple, line)),
+        spans=spans,
     )
 
 
@@ -173,7 +192,7 @@ def _batches(family: list[Segment], full_enough: float) -> list[list[Segment]]:
     return batches
 
 
-def _call(batch: list[Segment], spans: dict[Segment, tuple[int, int]], device: torch.device) -> Call:
+def _call(batch: Sequence[Segment], spans: Mapping[Segment, Span], device: torch.device) -> Call:
     lengths = np.array([s.length for s in batch])
     longest, start = int(lengths.max()), spans[batch[0]][0]
     context = tuple(spans[s] for s in batch[0].context)

@@ -1,15 +1,13 @@
 /* One decoding step in float32: a token a row goes in, its logits come out, in one call; and one draw a row from such logits,
- * or from bfloat16 ones. Few rows meet many weights, so weights
- * are read once, in order, by all cores, and nothing is done between two products but what belongs there.
+ * or from bfloat16 ones. Few rows meet many weights, so weights are read once, in order, by all cores, and nothing is done between
+ * two products but what belongs there.
  *
  * Plain C, built by compiling.py with the machine's C compiler when it is needed; `omp simd` loops become vector instructions
  * of the width that the flags allow. Each row is computed by itself, whatever other rows there are, in one order of summation.
  */
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
+
+#include "vectors.h"
 
 /* Weights are (out, in), biases and head norms may be missing. */
 typedef struct {
@@ -25,36 +23,13 @@ typedef struct {
     float eps, scale;
 } Model;
 
-static inline long least(long a, long b) { return a < b ? a : b; }
-
 /* ---- vectors: ROWS of x times four rows of a weight are summed in registers -------------------------------------------- */
 
-#define AHEAD 4 /* rows of a weight that are asked for, into the second cache, ahead of their use */
+#define AHEAD 8 /* rows of a weight that are asked for, into the second cache, ahead of their use */
+#define LINES (LANES / 4) /* that four rows have for each vector of a row */
 
 #ifdef __AVX512F__
-#define LANES 16
 #define ROWS 4
-typedef __m512 vec;
-typedef __mmask16 mask;
-static inline mask first(long n) { return (mask)(n >= LANES ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
-static inline vec each(float x) { return _mm512_set1_ps(x); }
-static inline vec all(const float *x) { return _mm512_loadu_ps(x); }
-static inline vec get(const float *x, mask some) { return _mm512_maskz_loadu_ps(some, x); }
-static inline void put(float *x, mask some, vec y) { _mm512_mask_storeu_ps(x, some, y); }
-static inline vec larger(vec x, vec y) { return _mm512_max_ps(x, y); } /* of two operands, NaN in the second is kept */
-static inline vec smaller(vec x, vec y) { return _mm512_min_ps(x, y); }
-static inline vec whole(vec x) { return _mm512_roundscale_ps(x, 0); }
-static inline vec scaled(vec x, vec n) { return _mm512_scalef_ps(x, n); } /* x 2^n */
-static inline vec only(vec x, mask some) { return _mm512_maskz_mov_ps(some, x); }
-static inline vec least_where(vec x, mask some) { return _mm512_mask_mov_ps(each(-INFINITY), some, x); }
-static inline vec zero_below(vec x, vec y, float limit) {
-    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, each(limit), _CMP_LT_OQ), _mm512_setzero_ps());
-}
-static inline vec halves(const uint16_t *x, mask some) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
-}
-static inline float total(vec x) { return _mm512_reduce_add_ps(x); }
-static inline float largest(vec x) { return _mm512_reduce_max_ps(x); }
 /* Totals of four vectors in every quarter, summed over the quarter alone. */
 static inline vec quarters(const vec *a) {
     vec low = _mm512_unpacklo_ps(a[0], a[1]) + _mm512_unpackhi_ps(a[0], a[1]);
@@ -71,43 +46,7 @@ static inline vec totals(vec a[ROWS][4], const int rows) {
     return EVEN(low, high) + ODD(low, high);
 }
 #else
-#define LANES 8
 #define ROWS 2
-typedef __m256 vec;
-typedef __m256i mask;
-static inline mask first(long n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)least(n, LANES)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-static inline vec each(float x) { return _mm256_set1_ps(x); }
-static inline vec all(const float *x) { return _mm256_loadu_ps(x); }
-static inline vec get(const float *x, mask some) { return _mm256_maskload_ps(x, some); }
-static inline void put(float *x, mask some, vec y) { _mm256_maskstore_ps(x, some, y); }
-static inline vec larger(vec x, vec y) { return _mm256_max_ps(x, y); }
-static inline vec smaller(vec x, vec y) { return _mm256_min_ps(x, y); }
-static inline vec whole(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline vec scaled(vec x, vec n) {
-    return x * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
-}
-static inline vec only(vec x, mask some) { return _mm256_and_ps(x, _mm256_castsi256_ps(some)); }
-static inline vec least_where(vec x, mask some) { return _mm256_blendv_ps(each(-INFINITY), x, _mm256_castsi256_ps(some)); }
-static inline vec zero_below(vec x, vec y, float limit) {
-    return _mm256_andnot_ps(_mm256_cmp_ps(x, each(limit), _CMP_LT_OQ), y);
-}
-static inline vec halves(const uint16_t *x, mask some) {
-    uint16_t near[LANES] = {0};
-    memcpy(near, x, (size_t)_mm_popcnt_u32((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(some))) * sizeof *x);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)near)), 16));
-}
-static inline float total(vec x) {
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-static inline float largest(vec x) {
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-}
 static inline vec halves_of(const vec *a) {
     return _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
 }
@@ -116,18 +55,6 @@ static inline vec totals(vec a[ROWS][4], const int rows) {
     return _mm256_permute2f128_ps(first, second, 0x20) + _mm256_permute2f128_ps(first, second, 0x31);
 }
 #endif
-
-/* e^x by 2^n and a polynomial: relative error below 3e-7. What is not a number stays so. */
-static inline vec exp_of(vec x) {
-    vec held = smaller(each(88.0f), larger(each(-87.0f), x)), n = whole(held * 1.44269504f);
-    vec r = (held - n * 0.693359375f) + n * 2.12194440e-4f, p = r * (1.0f / 720) + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return scaled(p, n);
-}
 
 /* ---- parts of a layer -------------------------------------------------------------------------------------------------- */
 
@@ -141,9 +68,10 @@ static void norm_of(const float *x, const float *weight, long width, float eps, 
     for (long i = 0; i < width; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
-/* Inner products of four rows of a weight with `rows` rows of x: sums[row][of the weight]; asks for what comes next if told. */
+/* Inner products of four rows of a weight with `rows` rows of x: sums[row][of the weight]. With each vector it asks for `lines`
+ * lines of what is needed later. */
 static inline __attribute__((always_inline)) void products(const float *w, const float *const *x, long width, const int rows,
-                                                           const int asks, float sums[][4]) {
+                                                           const float *later, const int lines, float sums[][4]) {
     vec a[ROWS][4] = {0};
     long i = 0;
     for (; i + LANES <= width; i += LANES) {
@@ -151,7 +79,7 @@ static inline __attribute__((always_inline)) void products(const float *w, const
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) part[j] = all(w + j * width + i);
 #pragma GCC unroll 4
-        for (int j = 0; asks && j < LANES / 4; j++) __builtin_prefetch(w + AHEAD * width + 4 * i + 16 * j, 0, 2);
+        for (int j = 0; j < lines; j++) __builtin_prefetch(later + 16 * (i / LANES * lines + j), 0, 2);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             vec own = all(x[r] + i);
@@ -179,14 +107,18 @@ static void linear(const float *x, long rows, long width, const float *weight, c
 #pragma omp for schedule(static)
     for (long i = 0; i < (out + 3) / 4; i++) {
         long o = least(4 * i, out - 4); /* the last block may repeat some of the one before */
+        const float *w = weight + o * width, *later = w + AHEAD * width;
         for (long top = 0; top < rows; top += ROWS) {
             const float *some[ROWS];
             float sums[ROWS][4];
             for (long r = 0; r < ROWS; r++) some[r] = x + least(top + r, rows - 1) * width;
-            if (top == 0)
-                products(weight + o * width, some, width, ROWS, 1, sums);
+            /* what the block after next needs is asked for bit by bit, as the memory answers */
+            if (rows <= ROWS)
+                products(w, some, width, ROWS, later, LINES, sums);
+            else if (top < 2 * ROWS)
+                products(w, some, width, ROWS, later + top / ROWS * 2 * width, LINES / 2, sums);
             else
-                products(weight + o * width, some, width, ROWS, 0, sums);
+                products(w, some, width, ROWS, later, 0, sums);
             for (long r = 0; r < least(ROWS, rows - top); r++) {
                 float *to = y + (top + r) * out + o;
                 __m128 sum = _mm_loadu_ps(sums[r]);
@@ -242,7 +174,7 @@ static inline __attribute__((always_inline)) void read_heads(const float *q, con
     for (int r = 0; r < rows; r++) own[r] = q + r * size;
     for (long t = 0; t < count; t += 4) { /* behind the last place lie other numbers of the cache, which are left out */
         ask(values + t * size, size);
-        products(keys + t * size, own, size, rows, 0, sums);
+        products(keys + t * size, own, size, rows, keys, 0, sums);
         for (int r = 0; r < rows; r++) _mm_storeu_ps(p + r * apart + t, _mm_loadu_ps(sums[r]));
     }
     for (int r = 0; r < rows; r++) share[r] = powers(p + r * apart, count, scale);

@@ -10,25 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built
+from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built, vectors
 from opd_lightning.samplers.decoder import Weights
 from opd_lightning.samplers.functions import FunctionDecoder, at, regular
 from opd_lightning.samplers.linear import Linear
 
 SOURCE = Path(__file__).with_name("step.c")
-FEATURES = {
-    "AVX512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "prefer-vector-width=512"),
-    "AVX2": ("avx2", "fma"),
-}
-"""What the compiler may use, by what PyTorch uses on this processor."""
 
 
 class _Layer(ctypes.Structure):
@@ -57,10 +50,7 @@ class _Model(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The function, built at the first call on this machine; None where that cannot be done."""
-    features = FEATURES.get(torch.backends.cpu.get_cpu_capability())
-    if features is None or sys.platform != "linux" or platform.machine() != "x86_64":
-        return None
-    found = built(SOURCE, features)
+    found = built(SOURCE, vectors())
     if found is not None:
         found.opd_step.argtypes = [ctypes.POINTER(_Model), POINTER, POINTER, LONG, POINTER, POINTER, INT]
         found.opd_draw.argtypes = [POINTER, LONG, LONG, LONG, FLOAT, POINTER, INT, POINTER, POINTER, INT]

@@ -5,9 +5,6 @@ import torch
 
 from opd_lightning.samplers import stepped
 from opd_lightning.samplers.drawing import BLOCK, CHUNK, SHORT, Law, draw
-from tests.samplers.test_stepped import vectors
-
-__all__ = ["vectors"]  # a fixture
 
 LONG = SHORT + 952
 """A vocabulary whose sum has two levels, the last block not full."""

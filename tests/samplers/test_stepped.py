@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from opd_lightning.models import Vocabulary
 from opd_lightning.models.lora import base_of
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.samplers.decoder import Decoder
-from opd_lightning.samplers.stepped import FEATURES, StepDecoder, computes, library
+from opd_lightning.samplers.stepped import StepDecoder, computes, library
 from tests.samplers import test_decoder
 from tests.samplers.test_compiled import (
     assert_no_number_is_told,
@@ -35,20 +34,7 @@ MODELS = test_decoder.known(
     head_dim=22,
     initializer_range=0.2,
 )
-CAPABILITY = torch.backends.cpu.get_cpu_capability()
 builds = pytest.mark.skipif(library() is None, reason="no processor or no compiler for it")
-
-
-@pytest.fixture(params=FEATURES)
-def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The function as it is built for processors with these vectors; wider ones run what is for narrower ones."""
-    names = list(FEATURES)
-    if names.index(request.param) < names.index(CAPABILITY):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    library.cache_clear()
-    yield
-    library.cache_clear()
 
 
 def made(name: str, adapter: bool = False) -> Any:
