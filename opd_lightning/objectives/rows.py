@@ -248,9 +248,9 @@ class ObjectiveRows:
             return None
         tokens = self.tokens[start:stop]
         if type(objective.divergence) is ReverseKL and not self.agreement_k and self.known is None:
-            found = compared(logits, others[0], tokens, factors[0], objective.temperature)
+            self._watch(logits, others, start)
+            found = compared(logits, others[0], tokens, factors[0], objective.temperature, logits)
             if found is not None:
-                self._watch(logits, others, start)
                 return Scored([found.value], _measured(found), found.gradient)
         student = lp.log_softmax(logits, objective.temperature)
         teacher = _fixed(others[0], objective, student.dtype)

@@ -81,7 +81,7 @@ class Scored(NamedTuple):
 
 @runtime_checkable
 class Rows(Protocol):
-    """A loss that looks at one token's logits at a time."""
+    """A loss that looks at one token's logits at a time; their gradient may take their place."""
 
     def load(self, start: int, stop: int, gradient_only: bool) -> tuple[Tensor, ...]:
         """(n, V) logits of other models for these tokens. ``gradient_only``: nothing but gradients will be asked of them."""
@@ -234,12 +234,13 @@ class _Work:
             with torch.enable_grad():
                 leaf = values.detach().requires_grad_()
                 logits = self.head.finish(leaf)
-            scored = self.rows.score(logits.detach(), others, a, b, factors)
+            scored = self.rows.score(logits.detach().clone(), others, a, b, factors)  # autograd may need them
             gradient = scored.gradient
             if gradient is not None:
                 (gradient,) = torch.autograd.grad(logits, leaf, gradient.to(logits.dtype))
         if gradient is not None:
-            values[:, : gradient.shape[1]] = gradient
+            if gradient.data_ptr() != values.data_ptr():
+                values[:, : gradient.shape[1]] = gradient
             values[:, gradient.shape[1] :] = 0
         return scored
 

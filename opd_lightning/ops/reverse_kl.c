@@ -1,98 +1,143 @@
-/* The reverse KL of two models' bfloat16 logits, with the gradient of the student's logits and what is measured of both laws.
- * What PyTorch does in twenty passes over blocks of float32 numbers are three here, over bfloat16 rows that stay in a core's
- * cache. Built by compiling.py with the machine's C compiler, when it is needed.
+/* The reverse KL of two models' logits, in float32 or bfloat16 (`half`), with the gradient of the student's logits and what is
+ * measured of both laws. What PyTorch does in twenty passes over blocks of float32 numbers are three here, over rows that stay in
+ * a core's cache. Built by compiling.py with the machine's C compiler, when it is needed.
  *
  * Each row is computed by itself, whatever other rows there are, in one order of summation.
  */
-#include <math.h>
-
-#include "compiling.h"
+#include "vectors.h"
 
 /* The least log-probability, log(FLT_MIN), as `floor_of` in logprobs.py says. */
 #define FLOOR -87.33654f
 
 /* Entries that are summed in float32, before their sum is added in float64. */
-#define CHUNK 4096
+#define CHUNK 1024
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* For every vector from place `i` on: whole ones, then what is left before `end`. */
+#define EACH(end, ...)                                                                                                          \
+    for (; i + LANES <= (end); i += LANES) { const int whole_ = 1; __VA_ARGS__ }                                                \
+    for (; i < (end); i += LANES) { const int whole_ = 0; __VA_ARGS__ }
 
 /* One model's row: its logits, the largest of them, and 1 / temperature. */
-typedef struct { const bf16 *logits; __m512 top, scale; } Row;
+typedef struct {
+    const void *logits;
+    vec top, scale;
+} Row;
 
-static inline __mmask16 first(long count) { return count < 16 ? (__mmask16)((1u << count) - 1) : (__mmask16)0xffff; }
-
-/* Sixteen logits from place i on; behind the last one, minus infinity. */
-static inline __m512 take(const bf16 *x, long i, long size) {
-    return widen(_mm256_mask_loadu_epi16(_mm256_set1_epi16((short)0xff80), first(size - i), x + i));
+/* Logits from place i on; behind the last one, minus infinity. */
+INLINE vec take(const void *x, long i, long size, const int half, const int whole_) {
+    mask here = first(size - i);
+    if (whole_) return half ? halves((const uint16_t *)x + i, first(LANES)) : all((const float *)x + i);
+    return least_where(half ? halves((const uint16_t *)x + i, here) : get((const float *)x + i, here), here);
 }
 
 /* The same as log-probabilities that lack the row's constant, not below `least`. Of two operands, NaN in the second is kept. */
-static inline __m512 shifted(Row row, long i, long size, __m512 least) {
-    return _mm512_max_ps(least, _mm512_mul_ps(_mm512_sub_ps(take(row.logits, i, size), row.top), row.scale));
+INLINE vec shifted(Row row, long i, long size, vec least, const int half, const int whole_) {
+    return larger(least, (take(row.logits, i, size, half, whole_) - row.top) * row.scale);
 }
 
-static Row row_of(const bf16 *x, long size, float scale) {
-    __m512 a = _mm512_set1_ps(-INFINITY), b = a;
-    for (long i = 0; i < size; i += 32) {
-        a = _mm512_max_ps(take(x, i, size), a);
-        if (i + 16 < size) b = _mm512_max_ps(take(x, i + 16, size), b);
-    }
-    return (Row){x, _mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(a, b))), _mm512_set1_ps(scale)};
+/* The same for one place. */
+INLINE float at(Row row, long place, float least, const int half) {
+    return largest(shifted(row, place, place + 1, each(least), half, 0));
+}
+
+INLINE Row row_of(const void *x, long size, float scale, const int half) {
+    vec a = each(-INFINITY), b = a;
+    long i = 0;
+    for (; i + 2 * LANES <= size; i += 2 * LANES)
+        a = larger(take(x, i, size, half, 1), a), b = larger(take(x, i + LANES, size, half, 1), b);
+    for (; i < size; i += LANES) a = larger(take(x, i, size, half, 0), a);
+    return (Row){x, each(largest(larger(a, b))), each(scale)};
 }
 
 /* A token's log-probability, given the logarithm of the row's sum. */
-static float of_token(Row row, int64_t token, float log_sum) {
-    __m512 x = shifted(row, token, token + 1, _mm512_set1_ps(-INFINITY));
-    float found = _mm512_cvtss_f32(x) - log_sum;
+INLINE float of_token(Row row, int64_t token, float log_sum, const int half) {
+    float found = at(row, token, -INFINITY, half) - log_sum;
     return found < FLOOR ? FLOOR : found;
 }
 
-/* Sums over the entries, of the student's s and the teacher's t: e^s, e^t, e^s s, e^t t, e^s (s - t). Returns the least t. */
-static float sums(Row ours, Row theirs, long size, __m512 our_least, __m512 their_least, double *total) {
-    __m512 low = _mm512_setzero_ps();
-    for (int k = 0; k < 5; k++) total[k] = 0.0;
-    for (long start = 0; start < size; start += CHUNK) {
-        long stop = start + CHUNK < size ? start + CHUNK : size;
-        __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a, e = a;
-        for (long i = start; i < stop; i += 16) {
-            __m512 s = shifted(ours, i, size, our_least), t = shifted(theirs, i, size, their_least);
-            __m512 p = exp16(s), q = exp16(t);
-            a = _mm512_add_ps(a, p), b = _mm512_add_ps(b, q);
-            c = _mm512_fmadd_ps(p, s, c), d = _mm512_fmadd_ps(q, t, d), e = _mm512_fmadd_ps(p, _mm512_sub_ps(s, t), e);
-            low = _mm512_min_ps(t, low);
-        }
-        total[0] += _mm512_reduce_add_ps(a), total[1] += _mm512_reduce_add_ps(b), total[2] += _mm512_reduce_add_ps(c);
-        total[3] += _mm512_reduce_add_ps(d), total[4] += _mm512_reduce_add_ps(e);
-    }
-    return _mm512_reduce_min_ps(low);
+/* Where a row is largest. */
+INLINE long place_of_top(Row row, long size, const int half) {
+    for (long i = 0; i < size; i += LANES)
+        if (largest(take(row.logits, i, size, half, 0) - row.top) == 0.0f)
+            for (long j = i; j < least(i + LANES, size); j++)
+                if (at(row, j, -INFINITY, half) == 0.0f) return j;
+    return 0;
 }
 
-/* Gradients are of `factors * value`, and close-packed; steps are from row to row. `out` takes, for all rows each: the value,
- * the tokens' log-probabilities under student and teacher, and the entropies of both. */
-void opd_reverse_kl(const bf16 *ours, long our_step, const bf16 *theirs, long their_step, long rows, long size, float scale,
-                    const int64_t *tokens, const float *factors, bf16 *gradient, float *out, int threads) {
+/* Sums over the entries, of the student's s and the teacher's t: e^s, e^t, e^s s, e^t t, e^s (s - t - gap). Returns the least
+ * t. */
+INLINE float sums(Row ours, Row theirs, long size, vec our_least, vec their_least, vec gap, double *all_of, const int half) {
+    vec low = each(0.0f);
+    for (int k = 0; k < 5; k++) all_of[k] = 0.0;
+    for (long i = 0, start = 0; start < size; start += CHUNK) {
+        vec a = each(0.0f), b = a, c = a, d = a, e = a;
+        EACH(least(start + CHUNK, size), {
+            mask here = whole_ ? first(LANES) : first(size - i);
+            vec s = shifted(ours, i, size, our_least, half, whole_), t = shifted(theirs, i, size, their_least, half, whole_);
+            vec p = exp_below(s), q = exp_below(t);
+            if (!whole_) p = only(p, here), q = only(q, here);
+            a += p, b += q, c += p * s, d += q * t, e += p * (s - t - gap);
+            low = smaller(whole_ ? t : only(t, here), low);
+        })
+        all_of[0] += total(a), all_of[1] += total(b), all_of[2] += total(c), all_of[3] += total(d), all_of[4] += total(e);
+    }
+    return -largest(-low);
+}
+
+typedef struct {
+    const void *ours, *theirs;
+    const int64_t *tokens;
+    const float *factors;
+    void *gradient;
+    float *out;
+    int64_t our_step, their_step, step, rows, size;
+    float scale;
+} Laws;
+
+INLINE void compare(const Laws *l, long row, const int half) {
+    long size = l->size, wide = half ? 2 : 4, i = 0;
+    Row x = row_of((const char *)l->ours + row * l->our_step * wide, size, l->scale, half);
+    Row y = row_of((const char *)l->theirs + row * l->their_step * wide, size, l->scale, half);
+    /* Gaps are taken from the one at the likeliest token: of a law that is nearly sure of it, sums would lose all else. */
+    float origin = -at(y, place_of_top(x, size, half), FLOOR, half);
+    vec gap = each(origin), floor_ = each(FLOOR);
+    double found[5], again[5];
+    float low = sums(x, y, size, floor_, floor_, gap, found, half);
+    float x_log = logf((float)found[0]), y_log = logf((float)found[1]);
+    vec y_floor = each(FLOOR + y_log);
+    if (low < FLOOR + y_log) { /* the floor holds for log-probabilities: where it counts, the sum that it enters is taken again */
+        sums(x, y, size, floor_, y_floor, gap, again, half);
+        found[4] = again[4];
+    }
+    float mean = (float)(found[4] / found[0]), *out = l->out + row;
+    out[0] = mean + origin - x_log + y_log;
+    out[l->rows] = of_token(x, l->tokens[row], x_log, half);
+    out[2 * l->rows] = of_token(y, l->tokens[row], y_log, half);
+    out[3 * l->rows] = (float)(x_log - found[2] / found[0]);
+    out[4 * l->rows] = (float)(y_log - found[3] / found[1]);
+    vec middle = each(mean), weight = each((float)(l->factors[row] * l->scale / found[0]));
+    char *gradient = (char *)l->gradient + row * l->step * wide;
+    EACH(size, {
+        mask here = whole_ ? first(LANES) : first(size - i);
+        vec s = shifted(x, i, size, floor_, half, whole_), t = shifted(y, i, size, y_floor, half, whole_);
+        vec v = exp_below(s) * weight * (s - t - gap - middle);
+        if (half)
+            put_halves((uint16_t *)gradient + i, here, v);
+        else
+            put((float *)gradient + i, here, v);
+    })
+}
+
+/* Gradients are of `factors * value`; they may take the place of the student's logits. Steps are from row to row. `out` takes,
+ * for all rows each: the value, the tokens' log-probabilities under student and teacher, and the entropies of both. */
+void opd_reverse_kl(const Laws *l, int half, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long row = 0; row < rows; row++) {
-        Row x = row_of(ours + row * our_step, size, scale), y = row_of(theirs + row * their_step, size, scale);
-        double total[5];
-        __m512 least = _mm512_set1_ps(FLOOR);
-        float low = sums(x, y, size, least, least, total);
-        float x_log = logf((float)total[0]), y_log = logf((float)total[1]), y_floor = FLOOR + y_log;
-        __m512 y_least = _mm512_set1_ps(y_floor);
-        if (low < y_floor) { /* the floor holds for log-probabilities: where it counts, the sum that it enters is taken again */
-            double again[5];
-            sums(x, y, size, least, y_least, again);
-            total[4] = again[4];
-        }
-        float mean = (float)(total[4] / total[0]);
-        out[row] = mean - x_log + y_log;
-        out[rows + row] = of_token(x, tokens[row], x_log);
-        out[2 * rows + row] = of_token(y, tokens[row], y_log);
-        out[3 * rows + row] = (float)(x_log - total[2] / total[0]);
-        out[4 * rows + row] = (float)(y_log - total[3] / total[1]);
-        __m512 middle = _mm512_set1_ps(mean), weight = _mm512_set1_ps((float)(factors[row] * scale / total[0]));
-        for (long i = 0; i < size; i += 16) {
-            __m512 s = shifted(x, i, size, least), gap = _mm512_sub_ps(s, shifted(y, i, size, y_least));
-            __m512 v = _mm512_mul_ps(_mm512_mul_ps(exp16(s), weight), _mm512_sub_ps(gap, middle));
-            _mm256_mask_storeu_epi16(gradient + row * size + i, first(size - i), (__m256i)_mm512_cvtneps_pbh(v));
-        }
+    for (long row = 0; row < l->rows; row++) {
+        if (half)
+            compare(l, row, 1);
+        else
+            compare(l, row, 0);
     }
 }

@@ -1,26 +1,24 @@
-"""The reverse KL on the whole vocabulary in bfloat16, by a C function (`reverse_kl.c`), on processors with AVX512-BF16.
+"""The reverse KL on the whole vocabulary by a C function (`reverse_kl.c`), on x86-64 processors with vectors of eight numbers
+and more.
 
-The products of a loss on such a processor take less time than the passes that PyTorch makes between them. The function is built
-once, with the C compiler of the machine; elsewhere PyTorch does the same.
+The passes that PyTorch makes between the products of a loss take a fifth of its time in float32, and in bfloat16 more than the
+products. The function is built once, with the C compiler of the machine; elsewhere PyTorch does the same.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import platform
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built
+from opd_lightning.compiling import INT, POINTER, built, vectors
 
 SOURCE = Path(__file__).with_name("reverse_kl.c")
-FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma")
 
 
 class Compared(NamedTuple):
@@ -34,17 +32,25 @@ class Compared(NamedTuple):
     student_entropy: Float[Tensor, " n"]
     teacher_entropy: Float[Tensor, " n"]
     gradient: Float[Tensor, "n V"]
-    """Of ``sum(factors * value)`` with respect to the student's logits, in bfloat16."""
+    """Of ``sum(factors * value)`` with respect to the student's logits, in their precision."""
+
+
+class _Laws(ctypes.Structure):
+    """`Laws` of the C source."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("ours", "theirs", "tokens", "factors", "gradient", "out")),
+        *((name, ctypes.c_int64) for name in ("our_step", "their_step", "step", "rows", "size")),
+        ("scale", ctypes.c_float),
+    )
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The function, built at the first call on this machine; None where that cannot be done."""
-    here = sys.platform == "linux" and platform.machine() == "x86_64" and torch.cpu._is_avx512_bf16_supported()
-    found = built(SOURCE, FEATURES) if here else None
+    found = built(SOURCE, vectors())
     if found is not None:
-        given: list[Any] = [POINTER, LONG, POINTER, LONG, LONG, LONG, FLOAT, *[POINTER] * 4, INT]
-        found.opd_reverse_kl.argtypes, found.opd_reverse_kl.restype = given, None
+        found.opd_reverse_kl.argtypes, found.opd_reverse_kl.restype = [ctypes.POINTER(_Laws), INT, INT], None
     return found
 
 
@@ -54,6 +60,7 @@ def compared(
     tokens: Int[Tensor, " n"],
     factors: Float[Tensor, " n"],
     temperature: float = 1.0,
+    room: Float[Tensor, "n V"] | None = None,
 ) -> Compared | None:
     """The reverse KL of ``logits / temperature``, its gradient and what is measured of both laws; computed in float32.
 
@@ -63,20 +70,21 @@ def compared(
         tokens: those that were drawn.
         factors: of the values' gradient.
         temperature: of both laws.
+        room: takes the gradient; may be the student's logits themselves.
 
     Returns:
-        None where the C function does not compute it: it takes bfloat16 logits on a CPU.
+        None where the C function does not compute it: it takes float32 or bfloat16 logits on a CPU.
     """
-    laws = student, teacher
-    if any(x.dtype != torch.bfloat16 or not x.is_cpu or x.stride(-1) != 1 for x in laws) or student.shape != teacher.shape:
+    laws, kind = (student, teacher), student.dtype
+    if kind not in (torch.float32, torch.bfloat16) or student.shape != teacher.shape:
         return None
-    if (found := library()) is None:
+    if any(x.dtype != kind or not x.is_cpu or x.stride(-1) != 1 for x in laws) or (found := library()) is None:
         return None
     rows, size = student.shape
-    gradient, out = student.new_empty(rows, size), student.new_empty(5, rows, dtype=torch.float32)
+    gradient, out = student.new_empty(rows, size) if room is None else room, torch.empty(5, rows)
     tokens, factors = tokens.contiguous(), factors.float().contiguous()
-    places = [x for law in laws for x in (law.data_ptr(), law.stride(0))]
-    given = tokens.data_ptr(), factors.data_ptr(), gradient.data_ptr(), out.data_ptr()
-    found.opd_reverse_kl(*places, rows, size, 1.0 / temperature, *given, torch.get_num_threads())
+    places = (x.data_ptr() for x in (student, teacher, tokens, factors, gradient, out))
+    given = _Laws(*places, *(x.stride(0) for x in (*laws, gradient)), rows, size, 1.0 / temperature)
+    found.opd_reverse_kl(given, kind == torch.bfloat16, torch.get_num_threads())
     value, logprob, teacher_logprob, student_entropy, teacher_entropy = out
     return Compared(value, logprob, teacher_logprob, student_entropy, teacher_entropy, gradient)
