@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,25 +32,8 @@ from opd_lightning.models.vocabulary import Vocabulary, extra_eos, prove_shared
 from opd_lightning.objectives import Extras, Objective
 from opd_lightning.samplers import NativeSampler
 from opd_lightning.seeds import fold, run_seed
-from opd_lightning.sources import Source
+from opd_lightning.sources import Phase
 from opd_lightning.types import NOT_A_STUDENT, Completion, ObjectiveOutput, Prompt, Rendering, Rollout, TokenLaws, Watch
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with a source and an objective of its own.
-
-    Attributes:
-        name: shown in messages.
-        end: first optimizer step after it.
-        source: who writes the completions.
-        objective: what is descended.
-    """
-
-    name: str
-    end: int
-    source: Source
-    objective: Objective
 
 
 class OPDModule(pl.LightningModule):
@@ -109,6 +92,7 @@ class OPDModule(pl.LightningModule):
         self.critic: nn.Linear | None = None  # the value head of GAE
         self.past: dict[int, torch.Tensor] = {}  # what the baselines of each objective remember: (terms, 2), all ranks
         self._seen: list[float] = []  # and what this optimizer step has added so far
+        self.gradient_norm: float | None = None  # of this optimizer step; set by TrainMonitor
         self._trained_names: set[str] = set()
         self._checkpoint: dict[str, Any] | None = None
         self.strict_loading = False  # checkpoints leave the frozen base out; on_load_checkpoint checks what must be there
@@ -333,6 +317,11 @@ class OPDModule(pl.LightningModule):
             self.past[number] = objective.remember(self.past.get(number), seen)
             self._seen = []
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        strategies.clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # the next rollouts are written without them
@@ -355,7 +344,7 @@ class OPDModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # Every parameter in one group: Lightning maps states to sharded strategies by position in parameters().
-        optimizer = strategies.clippable(self.optimizer(self.parameters()), self._trainer)
+        optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}

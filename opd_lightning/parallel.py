@@ -248,12 +248,17 @@ def optimizer_states_by_position(module: Any, checkpoint: dict[str, Any]) -> Non
     ]
 
 
-def gradient_norm(module: nn.Module) -> float:
-    """L2 norm of a step's gradient, the same on every rank. All ranks must call it, behind the last backward pass."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+def gradient_norm(optimizer: Any, sharded: nn.Module | None = None) -> float:
+    """L2 norm of a step's gradient, the same on every rank. All ranks must call it, behind the last backward pass.
+
+    Args:
+        optimizer: of all parameters.
+        sharded: the module that holds them, under a strategy that shards.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if fsdp1_root(module) is None:
+    if sharded is None or fsdp1_root(sharded) is None:
         return float(norm)
     return math.sqrt(sum_over_ranks([float(norm) ** 2])[0])  # each rank holds a part of every gradient
 

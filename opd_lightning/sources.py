@@ -12,6 +12,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from opd_lightning import parallel
 from opd_lightning.configurable import Configurable
 from opd_lightning.media import digests
 from opd_lightning.metrics.text import repeated
+from opd_lightning.objectives import Objective
 from opd_lightning.types import NOT_A_STUDENT, Completion, Prompt
 
 __all__ = ["DatasetSource", "GradedTeacher", "MixtureSource", "Source", "StudentSource", "TeacherSource"]
@@ -222,3 +224,20 @@ class MixtureSource(Source):
             for flag, source in ((True, self.first), (False, self.second))
         }
         return [next(parts[flag]) for flag in chosen]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with a source and an objective of its own.
+
+    Attributes:
+        name: shown in messages.
+        end: first optimizer step after it.
+        source: who writes the completions.
+        objective: what is descended.
+    """
+
+    name: str
+    end: int
+    source: Source
+    objective: Objective

@@ -6,6 +6,7 @@ import importlib.util
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
@@ -15,11 +16,17 @@ from torch.optim import Optimizer
 from opd_lightning import parallel
 
 
-def clippable(optimizer: Optimizer, trainer: Any) -> Optimizer:
-    """The same; under bf16-mixed, where no scaler is at work, Lightning clips for fused optimizers too instead of refusing."""
-    if trainer is not None and trainer.precision == "bf16-mixed":
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-    return optimizer
+def clip(module: Any, optimizer: Optimizer, most: float | None, algorithm: Any) -> None:
+    """Scale a step's gradient down to a norm of at most ``most``, as `torch.nn.utils.clip_grad_norm_` does. The module knows
+    the norm, which is not measured again, and a gradient that is short enough is not touched. By value, and where gradients
+    carry a scaler's factor, Lightning clips.
+    """
+    norm, scaler = module.gradient_norm, getattr(module.trainer.precision_plugin, "scaler", None)
+    if norm is None or scaler is not None or algorithm not in (None, "norm"):
+        module.clip_gradients(optimizer, most, algorithm)
+    elif most and norm > most:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, most / (norm + 1e-6))
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -47,20 +54,13 @@ if "fsdp2" not in StrategyRegistry.available_strategies():
 
 
 class _WholePrecision(FSDPPrecision):
-    """Lightning's own makes weights float32 whatever they were loaded in, converts no frozen records and clips no gradient by
-    its norm, which only the root knows.
-    """
-
-    root: Any
+    """Lightning's own makes weights float32 whatever they were loaded in, and converts no frozen records."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
 
     def convert_input(self, data: Any) -> Any:
         return data
-
-    def clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        self.root.clip_grad_norm_(clip_val)
 
 
 class FSDP1Strategy(FSDPStrategy):
@@ -94,7 +94,6 @@ class FSDP1Strategy(FSDPStrategy):
         keys = {"auto_wrap_policy": policy, "device_id": self.root_device, **self.kwargs}
         root = FullyShardedDataParallel(model, cpu_offload=self.cpu_offload, sharding_strategy=self.sharding_strategy, **keys)
         self.base.__dict__[parallel.FSDP1_ROOT] = root
-        self.precision_plugin.root = root  # type: ignore[attr-defined]
         return root
 
     def _one_piece(self) -> Any:

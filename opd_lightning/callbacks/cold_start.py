@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from opd_lightning.callbacks.pairing import refuse_incomparable
 from opd_lightning.callbacks.readiness import Readiness
 from opd_lightning.callbacks.rollout_refresh import BeforeRefresh, RolloutRefresh
-from opd_lightning.module import OPDModule, Phase
+from opd_lightning.module import OPDModule
 from opd_lightning.objectives import ForwardKL, Objective, WrittenToken
-from opd_lightning.sources import Source, TeacherSource
+from opd_lightning.sources import Phase, Source, TeacherSource
 from opd_lightning.types import Rollout
 
 NAME = "cold start"

@@ -167,8 +167,10 @@ class TrainMonitor(StepMonitor):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Rollout, batch_idx: int) -> None:
         self._step = trainer.global_step
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        self._norm = parallel.gradient_norm(pl_module)
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        with pl_module.clock.phase("optimizer"):  # clipping needs it
+            sharded = pl_module if parallel.is_sharded(trainer.strategy) else None
+            self._norm = pl_module.gradient_norm = parallel.gradient_norm(optimizer, sharded)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which skips such steps itself
         if not math.isfinite(self._norm) and not scaled:
             raise FloatingPointError(
