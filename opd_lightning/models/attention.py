@@ -24,6 +24,10 @@ from opd_lightning.types import Rendering
 NAME = "opd_packed"
 """How the configuration of a decoder calls this implementation: ``sdpa``, which also knows layouts."""
 
+SHORT, SHORT_WITH_GRADIENT = 256, 768
+"""Longest rows that attend by C functions in bfloat16. Where a processor has tiles, PyTorch multiplies them forwards: with
+192 tokens it takes as long, with 1024 half of the time. Its backward pass is the slower one up to 1024."""
+
 UNKNOWN = ("softcap", "s_aux", "position_bias")
 """What some architectures add to their attention scores; here it would be lost."""
 
@@ -63,7 +67,7 @@ def attention(
     if added or kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"{type(module).__name__} is not plain causal attention ({', '.join(added) or 'not causal'})")
     line = [x[0].transpose(0, 1) for x in (query, key, value)]  # (M, heads, d)
-    if not dropout and packed.computes(*line) and len(opd_layout.segments.table) * key.shape[1] >= torch.get_num_threads():
+    if not dropout and _fits_functions(line, opd_layout):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return packed.packed_attention(line[0], line[1], line[2], opd_layout.segments, scale)[None], None
     calls = opd_layout.calls
@@ -76,6 +80,16 @@ def attention(
     if rest:
         out.append(value.new_zeros(rest, *out[0].shape[1:]))
     return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def _fits_functions(line: Sequence[Tensor], layout: Layout) -> bool:
+    """Whether the C functions are the faster ones: there is work for all threads, and rows are short if they are bfloat16."""
+    if not packed.computes(line[0], line[1], line[2]):
+        return False
+    segments = layout.segments
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in line)
+    fits = line[0].dtype == torch.float32 or segments.longest <= (SHORT_WITH_GRADIENT if learns else SHORT)
+    return fits and len(segments.table) * line[1].shape[1] >= torch.get_num_threads()
 
 
 @dataclass(frozen=True)

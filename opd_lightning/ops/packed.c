@@ -63,6 +63,10 @@ static void store(const Line *l, const float *y, long wide, void *x, long heads,
 
 static void clear(float *x, long count) { memset(x, 0, (size_t)count * sizeof *x); }
 
+static void scale(float *x, long count, float factor) {
+    for (long i = 0; i < count; i += LANES) put(x + i, first(LANES), all(x + i) * factor);
+}
+
 /* Rows become columns: y (wide, apart) of x (count, wide). What x has behind its rows, up to a vector, is 0. */
 static void turn(const float *x, long count, long wide, long apart, float *y) {
     for (long t = 0; t < count; t += LANES)
@@ -169,11 +173,11 @@ static void attend(const Line *l, Room *m, const int64_t *segment, long key, voi
             long count = least(BLOCK, segment[1] - t), seen = before + t - segment[0] + count, columns = up(seen, LANES);
             ask(l, m, head, t, count);
             multiply(m->q, m->wide, 1, m->turned_k, m->apart, up(count, TALL), l->size, columns, m->p, m->apart, 0);
-            for (long r = 0; r < count; r++) {
-                float *p = m->p + r * m->apart, share = 1.0f / powers(p, seen - count + r + 1, columns, sizes + (t + r) * l->heads + head);
-                for (long c = 0; c < columns; c += LANES) put(p + c, first(LANES), all(p + c) * share);
-            }
+            float whole[BLOCK];
+            for (long r = 0; r < count; r++)
+                whole[r] = powers(m->p + r * m->apart, seen - count + r + 1, columns, sizes + (t + r) * l->heads + head);
             multiply(m->p, m->apart, 1, m->v, m->wide, up(count, TALL), seen, m->wide, m->out, m->wide, 0);
+            for (long r = 0; r < count; r++) scale(m->out + r * m->wide, m->wide, 1.0f / whole[r]);
             store(l, m->out, m->wide, out, l->heads, head, t, t + count);
         }
 }
@@ -225,7 +229,7 @@ static void attend_back(const Line *l, const Back *b, Room *m, const int64_t *se
             long count = least(BLOCK, segment[1] - t), seen = before + t - segment[0];
             derive(l, b, m, head, t, count, seen + 1, 1, up(seen + count, LANES));
             multiply(m->of_p, m->apart, 1, m->k, m->wide, up(count, TALL), seen + count, m->wide, m->out, m->wide, 0);
-            for (long i = 0; i < count * m->wide; i += LANES) put(m->out + i, first(LANES), all(m->out + i) * l->scale);
+            scale(m->out, count * m->wide, l->scale);
             store(l, m->out, m->wide, b->of_q, l->heads, head, t, t + count);
             give(m, before, seen - before + count, count);
         }
