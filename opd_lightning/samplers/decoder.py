@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from opd_lightning.media import Media
 from opd_lightning.models.lora import LinearParts
+from opd_lightning.samplers.drawing import Writing
 from opd_lightning.samplers.linear import Linear
 
 PREFILL_TOKENS = 8192
@@ -108,7 +109,7 @@ class Weights:
             self.head.load([_parts_of(base.lm_head).rows(vocab)])
 
 
-class Decoder:
+class Decoder(Writing):
     """Continues rows of tokens, one token a step.
 
     Args:

@@ -1,13 +1,23 @@
-"""From logits to tokens: the law that is sampled, and draws from it with one uniform number a row."""
+"""From logits to tokens: the law that is sampled, and draws from it with one uniform number a row.
+
+From a vocabulary that is not cut a C function draws (`draws.c`) where there is one: the first token, in vocabulary order, at
+which the running sum passes the row's share of the whole. PyTorch draws the same, but for rounding.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from opd_lightning.samplers import stepped
+from opd_lightning.compiling import INT, LONG, POINTER, built, vectors
+
+SOURCE = Path(__file__).with_name("draws.c")
 
 BLOCK = 256
 """Entries that are summed before the search: about the square root of a large vocabulary, so both levels are short."""
@@ -17,6 +27,66 @@ SHORT = 2048
 
 CHUNK = 2**19
 """Entries that are drawn from at once on a CPU: what one pass writes is still in its cache when the next one reads it."""
+
+
+class Draws(ctypes.Structure):
+    """`Draws` of the C source."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("logits", "uniforms", "tokens", "logprobs")),
+        *((name, ctypes.c_int64) for name in ("apart", "size", "steps", "half")),
+        ("scale", ctypes.c_float),
+    )
+    held: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Draws, Tensor, Tensor]:
+        """With room for tokens and log-probabilities (rows, steps).
+
+        Args:
+            logits: (rows, V), float32 or bfloat16.
+            uniforms: (rows, steps) in [0, 1), float32 and close-packed.
+            temperature: above 0.
+        """
+        tokens, logprobs = torch.empty(uniforms.shape, dtype=torch.long), torch.empty(uniforms.shape)
+        held = logits, uniforms, tokens, logprobs
+        sizes = logits.stride(0), logits.shape[1], uniforms.shape[1], logits.dtype == torch.bfloat16
+        made = cls(*(x.data_ptr() for x in held), *sizes, 1.0 / temperature)
+        made.held = held  # their memory is read as long as this lives
+        return made, tokens, logprobs
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The functions, built at the first call on this machine; None where that cannot be done."""
+    found = built(SOURCE, vectors())
+    if found is not None:
+        draws = ctypes.POINTER(Draws)
+        found.opd_draw.argtypes, found.opd_draw.restype = [draws, LONG, LONG, INT], None
+        found.opd_write.argtypes = [POINTER, POINTER, POINTER, draws, POINTER, POINTER, POINTER, LONG, INT]
+        found.opd_write.restype = LONG
+    return found
+
+
+class Writing(ABC):
+    """Rows of tokens that are continued one token a step."""
+
+    @abstractmethod
+    def step(self, ids: Tensor) -> Tensor:
+        """(rows, V) logits of the token behind ``ids`` (rows,), the newest token of every row."""
+
+    def run(self, ids: Tensor, law: Law, uniforms: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities (rows, n) of the next n steps, at least one. Only in the last of them may a row draw a
+        token that ends it.
+
+        Args:
+            ids: (rows,) the newest token of every row.
+            law: that tokens are drawn with.
+            uniforms: (rows, most) in [0, 1), a column a step.
+            ends: (V,) True for tokens that end a row.
+        """
+        tokens, logprobs = law.sample(self.step(ids)[:, : len(ends)], uniforms[:, 0])
+        return tokens[:, None], logprobs[:, None]
 
 
 @dataclass(frozen=True)
@@ -42,11 +112,10 @@ class Law:
             logits: (rows, V).
             uniform: (rows,) in [0, 1).
         """
-        whole = self.temperature > 0.0 and self.top_p == 1.0 and not 0 < self.top_k < logits.shape[1]
-        if self.functions and whole:
-            found = stepped.draw(logits, uniform, self.temperature)
-            if found is not None:
-                return found
+        if self.is_drawn_by_function(logits):
+            draws, tokens, logprobs = Draws.of(logits, uniform.float()[:, None].contiguous(), self.temperature)
+            _functions().opd_draw(draws, 0, len(logits), torch.get_num_threads())
+            return tokens[:, 0], logprobs[:, 0]
         at_once = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
         drawn, recorded = [], []
         for some, points in zip(logits.split(at_once), uniform.split(at_once), strict=True):
@@ -55,6 +124,12 @@ class Law:
             drawn.append(tokens)
             recorded.append(probabilities.gather(-1, tokens[:, None]).squeeze(-1).log())
         return torch.cat(drawn), torch.cat(recorded)
+
+    def is_drawn_by_function(self, logits: Tensor) -> bool:
+        """Whether the C function draws from such logits: whole laws of float32 or bfloat16 ones on a CPU."""
+        whole = self.temperature > 0.0 and self.top_p == 1.0 and not 0 < self.top_k < logits.shape[1]
+        taken = logits.is_cpu and logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(1) == 1
+        return self.functions and whole and taken and library() is not None
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(rows, V) float32; 0 for every token that is cut off."""
@@ -71,6 +146,12 @@ class Law:
             outside = ranked.cumsum(-1) - ranked >= self.top_p  # the token that crosses the line is kept
             logits = logits.masked_fill(outside.gather(-1, ids.argsort(-1)), -torch.inf)
         return logits.softmax(-1, dtype=torch.float32)
+
+
+def _functions() -> ctypes.CDLL:
+    found = library()
+    assert found is not None
+    return found
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

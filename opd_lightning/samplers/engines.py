@@ -19,6 +19,7 @@ from opd_lightning.models.processors import looks
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.samplers import compiled, stepped
 from opd_lightning.samplers.decoder import Decoder, TooLong, UnknownArchitecture, Weights, expect_known
+from opd_lightning.samplers.drawing import Law, Writing
 from opd_lightning.samplers.looking import LookingEngine
 
 PROOF = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
@@ -37,15 +38,15 @@ class Engine(Protocol):
     def admit(self, prompts: Sequence[tuple[int, ...]], media: Sequence[Media | None] = ()) -> None:
         """Append rows; the last token of each is left for the next step. What they show is for engines that look."""
 
-    def step(self, ids: Tensor) -> Tensor:
-        """(rows, V) logits of the token behind ``ids`` (rows,), the newest token of every row."""
+    def run(self, ids: Tensor, law: Law, uniforms: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Writing.run`."""
         ...
 
     def keep(self, kept: Tensor) -> None:
         """Row j becomes what row ``kept[j]`` is; rows that are not named are dropped."""
 
 
-class TransformersEngine:
+class TransformersEngine(Writing):
     """The model's own forward pass with its own cache; prompts are padded on the left."""
 
     refills = False

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_lightning.samplers import drawing
 from opd_lightning.samplers.decoder import HEAD_NORMS, Decoder, Norm, Weights
+from opd_lightning.samplers.drawing import Draws, Law
 
 
 class FunctionDecoder(Decoder):
@@ -56,6 +58,28 @@ class FunctionDecoder(Decoder):
         self.lengths = [n + 1 for n in self.lengths]
         self.places = self.places + 1
         return logits
+
+    @torch.inference_mode()
+    def run(self, ids: Tensor, law: Law, uniforms: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        longest = max(self.lengths)
+        self._reserve(longest + 1)
+        logits = torch.empty(len(ids), self.vocab, dtype=self.weights.dtype)
+        if not law.is_drawn_by_function(logits):
+            return super().run(ids, law, uniforms, ends)
+        writes: Any = drawing.library()
+        draws, tokens, logprobs = Draws.of(logits, uniforms[:, : self.room - longest].contiguous(), law.temperature)
+        ids, places = ids.clone(), self.places.clone()
+        step = ctypes.cast(self.c.opd_step, ctypes.c_void_p)
+        taken = writes.opd_write(
+            *(step, _address(self.model), _address(self.space), draws, ends.data_ptr()),
+            *(ids.data_ptr(), places.data_ptr(), len(ids), self.threads),
+        )
+        self.lengths, self.places = [n + taken for n in self.lengths], places
+        return tokens[:, :taken], logprobs[:, :taken]
+
+
+def _address(held: Any) -> int:
+    return held if isinstance(held, int) else ctypes.addressof(held)
 
 
 def at(held: Tensor | Norm | None) -> int | None:

@@ -12,9 +12,10 @@ from transformers import DynamicCache
 from opd_lightning.media import Media
 from opd_lightning.models.processors import expect_shown, inputs_for, placeholders
 from opd_lightning.models.vocabulary import Vocabulary
+from opd_lightning.samplers.drawing import Writing
 
 
-class LookingEngine:
+class LookingEngine(Writing):
     """The model's own forward pass, with prompts padded on the left. See `opd_lightning.samplers.engines.Engine`.
 
     Models keep things of their own about the rows that they saw (where text goes on behind an image), so rows that have ended

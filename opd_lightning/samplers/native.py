@@ -22,6 +22,9 @@ from opd_lightning.types import Completion
 
 __all__ = ["NativeSampler"]
 
+AT_ONCE = 32
+"""Steps that are left to an engine at once, if it can and no row ends: few enough for a signal not to wait for long."""
+
 REFILL_AT = 0.125
 """Waiting prompts join once this share of the batch is free: reading one prompt costs nearly as much as reading a few."""
 
@@ -146,9 +149,12 @@ class NativeSampler(Configurable):
                 rows = torch.cat([rows, torch.tensor(joining, device=device)])
                 written = torch.cat([written, lengths.new_zeros(len(joining))])
                 newest = torch.cat([newest, torch.tensor([prompts[i][-1] for i in joining], device=device)])
-            newest, recorded = law.sample(engine.step(newest)[:, : vocabulary.size], randoms[rows, written])
-            steps.append((rows, written, newest, recorded))
-            written, longest = written + 1, longest + 1
+            following = torch.arange(min(AT_ONCE, self.max_new_tokens - longest), device=device)
+            drawn, recorded = engine.run(newest, law, randoms[rows[:, None], written[:, None] + following], ends)
+            newest, count = drawn[:, -1], drawn.shape[1]
+            places = written[:, None] + following[:count]
+            steps.append((rows.repeat_interleave(count), places.flatten(), drawn.flatten(), recorded.flatten()))
+            written, longest = written + count, longest + count
             over = ended = ends[newest]
             if longest == self.max_new_tokens:
                 over = ended | (written == longest)

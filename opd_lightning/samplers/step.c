@@ -1,6 +1,5 @@
-/* One decoding step in float32: a token a row goes in, its logits come out, in one call; and one draw a row from such logits,
- * or from bfloat16 ones. Few rows meet many weights, so weights are read once, in order, by all cores, and nothing is done between
- * two products but what belongs there.
+/* One decoding step in float32: a token a row goes in, its logits come out, in one call. Few rows meet many weights, so weights
+ * are read once, in order, by all cores, and nothing is done between two products but what belongs there.
  *
  * Plain C, built by compiling.py with the machine's C compiler when it is needed; `omp simd` loops become vector instructions
  * of the width that the flags allow. Each row is computed by itself, whatever other rows there are, in one order of summation.
@@ -283,72 +282,5 @@ void opd_step(const Model *m, const int64_t *ids, const int64_t *places, long ro
         norm_rows(x, m->norm, rows, width, m->eps, normal);
         linear(normal, rows, width, m->head, m->head_bias, m->vocab, logits, 0);
         free(p);
-    }
-}
-
-/* ---- from logits to tokens --------------------------------------------------------------------------------------------- */
-
-#define BLOCK 256
-
-/* Numbers i on, of float32 or bfloat16 ones. */
-static inline vec numbers_at(const void *x, long i, mask some, int half) {
-    return half ? halves((const uint16_t *)x + i, some) : get((const float *)x + i, some);
-}
-
-/* Probabilities but for a factor; 0 where one is no normal number beside the largest. */
-static inline vec weights_at(const void *x, long i, mask some, float top, float scale, int half) {
-    vec far = (numbers_at(x, i, some, half) - top) * scale;
-    return only(zero_below(far, exp_of(far), -87.0f), some);
-}
-
-/* The first token at which the running sum passes the share `uniform` of the whole; one that has mass, if any does. */
-static int64_t drawn(const void *x, long size, float scale, float uniform, float *mass, int half, float *logprob) {
-    vec most = each(-INFINITY);
-    double sum = 0.0, running = 0.0, before = 0.0;
-    long block = 0, place = 0;
-    for (long i = 0; i < size; i += LANES) {
-        mask here = first(size - i);
-        most = larger(most, least_where(numbers_at(x, i, here, half), here));
-    }
-    float top = largest(most), weights[BLOCK];
-    for (long start = 0; start < size; start += BLOCK) {
-        vec part = each(0.0f);
-        for (long i = start; i < least(start + BLOCK, size); i += LANES)
-            part += weights_at(x, i, first(size - i), top, scale, half);
-        mass[start / BLOCK] = total(part);
-        sum += mass[start / BLOCK];
-    }
-    double point = uniform * sum;
-    for (long b = 0; b < (size + BLOCK - 1) / BLOCK; b++) {
-        if (mass[b] > 0.0f) block = b, before = running;
-        running += mass[b];
-        if (running > point) break;
-    }
-    running = before;
-    long start = block * BLOCK;
-    for (long i = 0; i < BLOCK; i += LANES)
-        put(weights + i, first(LANES), weights_at(x, start + i, first(size - start - i), top, scale, half));
-    for (long i = 0; i < BLOCK; i++) {
-        if (weights[i] > 0.0f) place = start + i;
-        running += weights[i];
-        if (weights[i] > 0.0f && running > point) break;
-    }
-    *logprob = (total(numbers_at(x, place, first(1), half)) - top) * scale - (float)log(sum);
-    return place;
-}
-
-/* One token a row, and its log-probability under softmax(scale * logits); rows of logits, which are bfloat16 if `half`, are
- * `apart` numbers from each other. */
-void opd_draw(const void *logits, long rows, long apart, long size, float scale, const float *uniforms, int half,
-              int64_t *tokens, float *logprobs, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        float *mass = malloc((size_t)(size / BLOCK + 1) * sizeof *mass);
-#pragma omp for schedule(static)
-        for (long r = 0; r < rows; r++) {
-            const char *x = (const char *)logits + r * apart * (half ? 2 : 4);
-            tokens[r] = drawn(x, size, scale, uniforms[r], mass, half, logprobs + r);
-        }
-        free(mass);
     }
 }

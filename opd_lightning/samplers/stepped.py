@@ -1,9 +1,8 @@
-"""Decoding steps in float32, and draws of tokens, by C functions (`step.c`), on x86-64 processors with vectors of eight numbers
-and more.
+"""Decoding steps in float32 by a C function (`step.c`), on x86-64 processors with vectors of eight numbers and more.
 
 With few rows a step is the reading of the weights; with a small model calls into PyTorch take longer than what they compute.
 One function takes the weights as they lie and computes a whole step, every row by itself: what a row becomes does not depend on
-the rows beside it. Both are built once, with the C compiler of the machine; where there is none PyTorch does the same.
+the rows beside it. It is built once, with the C compiler of the machine; where there is none PyTorch does the same.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built, vectors
+from opd_lightning.compiling import INT, LONG, POINTER, built, vectors
 from opd_lightning.samplers.decoder import Weights
 from opd_lightning.samplers.functions import FunctionDecoder, at, regular
 from opd_lightning.samplers.linear import Linear
@@ -53,8 +51,7 @@ def library() -> ctypes.CDLL | None:
     found = built(SOURCE, vectors())
     if found is not None:
         found.opd_step.argtypes = [ctypes.POINTER(_Model), POINTER, POINTER, LONG, POINTER, POINTER, INT]
-        found.opd_draw.argtypes = [POINTER, LONG, LONG, LONG, FLOAT, POINTER, INT, POINTER, POINTER, INT]
-        found.opd_step.restype = found.opd_draw.restype = None
+        found.opd_step.restype = None
         found.opd_room.argtypes, found.opd_room.restype = [ctypes.POINTER(_Model), LONG], ctypes.c_int64
     return found
 
@@ -72,29 +69,6 @@ def computes(base: Any, dtype: torch.dtype, vocab: int) -> bool:
         return False
     fit = config.hidden_size % 4 == 0 and base.model.layers[0].self_attn.head_dim % 2 == 0 and vocab >= 4
     return fit and stream.is_cpu and library() is not None
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor] | None:
-    """One token a row from ``softmax(logits / temperature)``, and its log-probability; None where the function does not do it.
-
-    The token is the first, in vocabulary order, at which the running sum passes the row's share of the whole.
-
-    Args:
-        logits: (rows, V), float32 or bfloat16.
-        uniform: (rows,) in [0, 1).
-        temperature: above 0.
-    """
-    taken = logits.is_cpu and logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(1) == 1
-    if not taken or (found := library()) is None:
-        return None
-    rows, size = logits.shape
-    uniform = uniform.float().contiguous()
-    tokens, logprobs = torch.empty(rows, dtype=torch.long), torch.empty(rows)
-    found.opd_draw(
-        *(logits.data_ptr(), rows, logits.stride(0), size, 1.0 / temperature, uniform.data_ptr()),
-        *(logits.dtype == torch.bfloat16, tokens.data_ptr(), logprobs.data_ptr(), torch.get_num_threads()),
-    )
-    return tokens, logprobs
 
 
 class StepDecoder(FunctionDecoder):

@@ -14,10 +14,12 @@ import torch
 
 from opd_lightning.models import Student, Vocabulary
 from opd_lightning.models.lora import base_of
-from opd_lightning.samplers import NativeSampler, compiled
+from opd_lightning.samplers import NativeSampler, compiled, native
 from opd_lightning.samplers.compiled import CompiledDecoder, computes, library
 from opd_lightning.samplers.decoder import GROWTH, Decoder, Weights
+from opd_lightning.samplers.drawing import Writing
 from opd_lightning.samplers.engines import engine_for
+from opd_lightning.samplers.functions import FunctionDecoder
 from tests.samplers import test_decoder
 
 SIZES: dict[str, Any] = {
@@ -131,6 +133,31 @@ def assert_rows_do_not_depend_on_their_batch(model: Any, kind: type[Decoder], vo
 @pytest.mark.usefixtures("way")
 def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
     assert_rows_do_not_depend_on_their_batch(made("qwen2"), CompiledDecoder, vocabulary)
+
+
+def assert_steps_at_once_are_steps(model: Any, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: rows that end and are followed by others, beyond what is left to the function at once and the first cache."""
+    prompts, sampler = [(3 + i, *range(i % 3)) for i in range(9)], NativeSampler(batch_size=4, max_new_tokens=GROWTH + 10)
+    taken: list[int] = []
+    run = FunctionDecoder.run
+
+    def counted(*given: Any) -> Any:
+        found = run(*given)
+        taken.append(found[0].shape[1])
+        return found
+
+    monkeypatch.setattr(native, "AT_ONCE", 5)
+    monkeypatch.setattr(FunctionDecoder, "run", counted)
+    at_once = sampler.write(model, prompts, list(range(9)), vocabulary, 0)
+    monkeypatch.setattr(FunctionDecoder, "run", Writing.run)
+    assert at_once == sampler.write(model, prompts, list(range(9)), vocabulary, 0)
+    assert max(taken) == 5 > min(taken) and len({len(c.ids) for c in at_once if c.ended}) > 2
+
+
+@builds
+@pytest.mark.usefixtures("way")
+def test_steps_at_once_are_steps(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_steps_at_once_are_steps(made("qwen2"), vocabulary, monkeypatch)
 
 
 def assert_rows_may_join_as_the_cache_grows(model: Any, kind: type[Decoder], dtype: torch.dtype, apart: float) -> None:

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lightning.samplers import stepped
-from opd_lightning.samplers.drawing import BLOCK, CHUNK, SHORT, Law, draw
+from opd_lightning.samplers.drawing import BLOCK, CHUNK, SHORT, Law, draw, library
 
 LONG = SHORT + 952
 """A vocabulary whose sum has two levels, the last block not full."""
@@ -78,7 +77,7 @@ def test_rows_are_drawn_alike_in_every_chunk(settings: dict) -> None:
 # ---- by a C function ---------------------------------------------------------------------------------------------------
 
 
-builds = pytest.mark.skipif(stepped.library() is None, reason="no processor or no compiler for it")
+builds = pytest.mark.skipif(library() is None, reason="no processor or no compiler for it")
 
 
 @builds

@@ -17,6 +17,7 @@ from tests.samplers.test_compiled import (
     assert_no_number_is_told,
     assert_rows_do_not_depend_on_their_batch,
     assert_rows_may_join_as_the_cache_grows,
+    assert_steps_at_once_are_steps,
     decoders,
     exactly,
     vocabulary,
@@ -68,6 +69,12 @@ def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapte
 @pytest.mark.usefixtures("vectors")
 def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
     assert_rows_do_not_depend_on_their_batch(made("qwen3"), StepDecoder, vocabulary)
+
+
+@builds
+@pytest.mark.usefixtures("vectors")
+def test_steps_at_once_are_steps(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_steps_at_once_are_steps(made("qwen3"), vocabulary, monkeypatch)
 
 
 @builds
