@@ -131,6 +131,7 @@ def main() -> None:
     for name in ("student", "teacher", "prompts", "scratch"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--teacher-dtype", help="of the teacher; --dtype if left out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -140,9 +141,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eos", action="store_true", help="completions may end")
     given = parser.parse_args()
-    dtype = getattr(torch, given.dtype)
-    teacher = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=dtype)
-    student = AutoModelForCausalLM.from_pretrained(given.student, dtype=dtype)
+    student = AutoModelForCausalLM.from_pretrained(given.student, dtype=getattr(torch, given.dtype))
+    teacher = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=getattr(torch, given.teacher_dtype or given.dtype))
     tokenizer = AutoTokenizer.from_pretrained(given.student, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for model in (teacher, student):

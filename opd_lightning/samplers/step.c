@@ -207,15 +207,16 @@ static inline __attribute__((always_inline)) void read_heads(const float *q, con
     }
 }
 
-/* Write this step's keys and values into the cache, then attend. Called by all threads. */
-static void attend(const Model *m, const Layer *l, const float *heads, long rows, const int64_t *places, float *p,
+/* Write this step's keys and values into the cache, where the rows lie from number `begin` on, then attend. Called by all
+ * threads. */
+static void attend(const Model *m, const Layer *l, const float *heads, long begin, long rows, const int64_t *places, float *p,
                    float *mixed) {
     long size = m->size, shared = m->queries / m->keys, of_row = (m->queries + 2 * m->keys) * size, apart = m->room + 4;
 #pragma omp for schedule(static)
     for (long n = 0; n < rows * m->keys; n++) {
         long row = n / m->keys, key = n % m->keys, at = places[row];
         const float *x = heads + row * of_row, *c = m->cos + at * size, *s = m->sin + at * size;
-        float *k = l->cache + (row * 2 * m->keys + key) * m->room * size, *v = k + m->keys * m->room * size;
+        float *k = l->cache + ((begin + row) * 2 * m->keys + key) * m->room * size, *v = k + m->keys * m->room * size;
         float *q = p + ROWS * apart, *then = key + 1 < m->keys ? k + m->room * size : v + m->room * size;
         turn(x + (m->queries + key) * size, l->key_norm, c, s, size, m->eps, k + at * size);
         memcpy(v + at * size, x + (m->queries + m->keys + key) * size, (size_t)size * sizeof *v);
@@ -257,8 +258,9 @@ static long numbers(const Model *m) {
 
 int64_t opd_room(const Model *m, long rows) { return rows * numbers(m); }
 
-/* logits (rows, vocab) of the tokens behind ids (rows,), which stand at places (rows,) and join the cache. */
-void opd_step(const Model *m, const int64_t *ids, const int64_t *places, long rows, float *room, float *logits, int threads) {
+/* The step of `rows` rows from number `begin` on, of which ids, places, room and logits are the own. */
+static void step(const Model *m, const int64_t *ids, const int64_t *places, long begin, long rows, float *room, float *logits,
+                 int threads) {
     long width = m->width, inner = m->inner, of_heads = (m->queries + 2 * m->keys) * m->size, of_mixed = m->queries * m->size;
     float *x = room, *normal = x + rows * width, *heads = normal + rows * width, *mixed = heads + rows * of_heads;
     float *both = mixed + rows * of_mixed, *inside = both + rows * 2 * inner;
@@ -270,7 +272,7 @@ void opd_step(const Model *m, const int64_t *ids, const int64_t *places, long ro
         for (const Layer *l = m->layers; l < m->layers + m->count; l++) {
             norm_rows(x, l->before_attention, rows, width, m->eps, normal);
             linear(normal, rows, width, l->qkv, l->qkv_bias, of_heads, heads, 0);
-            attend(m, l, heads, rows, places, p, mixed);
+            attend(m, l, heads, begin, rows, places, p, mixed);
             linear(mixed, rows, of_mixed, l->out, l->out_bias, width, x, 1);
             norm_rows(x, l->before_mlp, rows, width, m->eps, normal);
             linear(normal, rows, width, l->gate_up, l->gate_up_bias, 2 * inner, both, 0);
@@ -282,5 +284,25 @@ void opd_step(const Model *m, const int64_t *ids, const int64_t *places, long ro
         norm_rows(x, m->norm, rows, width, m->eps, normal);
         linear(normal, rows, width, m->head, m->head_bias, m->vocab, logits, 0);
         free(p);
+    }
+}
+
+#define ENOUGH 16     /* rows of a thread that are worth reading all weights, */
+#define SMALL 4000000 /* if these are not more: they stay in its second cache or near it */
+
+/* logits (rows, vocab) of the tokens behind ids (rows,), which stand at places (rows,) and join the cache. With few rows the
+ * threads share the weights, and wait for each other behind every product; with many, and a small model, each takes some of the
+ * rows. */
+void opd_step(const Model *m, const int64_t *ids, const int64_t *places, long rows, float *room, float *logits, int threads) {
+    long of_layer = m->width * (2 * m->queries * m->size + 2 * m->keys * m->size + 3 * m->inner);
+    if (threads == 1 || rows < ENOUGH * threads || m->count * of_layer + m->vocab * m->width > SMALL) {
+        step(m, ids, places, 0, rows, room, logits, threads);
+        return;
+    }
+    long groups = (rows + ROWS - 1) / ROWS;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long t = 0; t < threads; t++) { /* what is parallel inside is done by one thread */
+        long from = groups * t / threads * ROWS, to = least(groups * (t + 1) / threads * ROWS, rows);
+        step(m, ids + from, places + from, from, to - from, room + from * numbers(m), logits + from * m->vocab, 1);
     }
 }

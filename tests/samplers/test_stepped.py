@@ -73,6 +73,20 @@ def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
 
 @builds
 @pytest.mark.usefixtures("vectors")
+def test_threads_share_weights_or_rows_to_the_same_bits() -> None:
+    """With many rows of a small model each thread takes some of them."""
+    model, before, found = made("biased"), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(written(decoders(model, StepDecoder, 50, torch.float32), 50))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@builds
+@pytest.mark.usefixtures("vectors")
 def test_steps_at_once_are_steps(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_steps_at_once_are_steps(made("qwen3"), vocabulary, monkeypatch)
 
