@@ -341,7 +341,7 @@ class RolloutRefresh(Logging):
         tokens, count, truncated, mean_seconds = parallel.sum_over_ranks(local)
         self.total_tokens += int(tokens)
         texts = rollout.text.targets[rollout.written].split(rollout.written.sum(-1).tolist())
-        again, distinct = (metric.to(device) for metric in self._on_text)
+        again, distinct = (metric if metric.device == device else metric.to(device) for metric in self._on_text)
         for metric in (again, distinct):
             metric.reset()
             metric.update(texts)

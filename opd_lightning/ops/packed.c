@@ -42,11 +42,12 @@ typedef struct {
 
 /* Tokens from `start` to `stop` of one of the heads of x, times a factor: rows of y. */
 static void fetch(const Line *l, const void *x, long heads, long head, long start, long stop, float factor, long wide, float *y) {
-    for (long t = start; t < stop; t++, y += wide)
+    long at = (start * heads + head) * l->size, apart = heads * l->size;
+    for (long t = start; t < stop; t++, y += wide, at += apart)
         for (long i = 0; i < l->size; i += LANES) {
-            long at = (t * heads + head) * l->size + i;
             mask here = first(l->size - i);
-            put(y + i, first(LANES), factor * (l->half ? halves((const uint16_t *)x + at, here) : get((const float *)x + at, here)));
+            vec part = l->half ? halves((const uint16_t *)x + at + i, here) : get((const float *)x + at + i, here);
+            put(y + i, first(LANES), factor * part);
         }
 }
 
@@ -125,20 +126,30 @@ static void multiply(const float *a, long down, long along, const float *b, long
 
 /* ---- forwards ------------------------------------------------------------------------------------------------------------ */
 
-/* e^(x - the largest) of the first `count` numbers, 0 up to `end`; their sum, and the logarithm of what the sum stands for. */
-static float powers(float *x, long count, long end, float *size) {
+/* e^(x - top) where that counts */
+static inline vec weight_of(vec x, vec top) {
+    vec far = x - top;
+    return zero_below(far, exp_below(far), FAR);
+}
+
+/* e^(x - the largest) of the first `count` numbers, 0 up to `end`; the largest, and one over their sum. */
+static void powers(float *x, long count, long end, float *size) {
     vec most = each(-INFINITY), sum = each(0.0f);
-    for (long t = 0; t < count; t += LANES) most = larger(most, least_where(all(x + t), first(count - t)));
-    float top = largest(most);
-    for (long t = 0; t < end; t += LANES) {
-        mask here = first(count - t);
-        vec far = all(x + t) - each(top), found = only(zero_below(far, exp_of(far), FAR), here);
+    long t = 0;
+    for (; t + LANES <= count; t += LANES) most = larger(most, all(x + t));
+    if (t < count) most = larger(most, least_where(all(x + t), first(count - t)));
+    vec top = each(largest(most));
+    for (t = 0; t + LANES <= count; t += LANES) {
+        vec found = weight_of(all(x + t), top);
         put(x + t, first(LANES), found);
         sum += found;
     }
-    float whole = total(sum);
-    *size = top + logf(whole);
-    return whole;
+    for (; t < end; t += LANES) {
+        vec found = only(weight_of(all(x + t), top), first(count - t));
+        put(x + t, first(LANES), found);
+        sum += found;
+    }
+    size[0] = largest(most), size[1] = 1.0f / total(sum);
 }
 
 static void read_keys(const Line *l, Room *m, long key, long start, long stop, long at) {
@@ -173,11 +184,11 @@ static void attend(const Line *l, Room *m, const int64_t *segment, long key, voi
             long count = least(BLOCK, segment[1] - t), seen = before + t - segment[0] + count, columns = up(seen, LANES);
             ask(l, m, head, t, count);
             multiply(m->q, m->wide, 1, m->turned_k, m->apart, up(count, TALL), l->size, columns, m->p, m->apart, 0);
-            float whole[BLOCK];
+            float *size = sizes + 2 * (t * l->heads + head);
             for (long r = 0; r < count; r++)
-                whole[r] = powers(m->p + r * m->apart, seen - count + r + 1, columns, sizes + (t + r) * l->heads + head);
+                powers(m->p + r * m->apart, seen - count + r + 1, columns, size + 2 * r * l->heads);
             multiply(m->p, m->apart, 1, m->v, m->wide, up(count, TALL), seen, m->wide, m->out, m->wide, 0);
-            for (long r = 0; r < count; r++) scale(m->out + r * m->wide, m->wide, 1.0f / whole[r]);
+            for (long r = 0; r < count; r++) scale(m->out + r * m->wide, m->wide, size[2 * r * l->heads + 1]);
             store(l, m->out, m->wide, out, l->heads, head, t, t + count);
         }
 }
@@ -187,7 +198,7 @@ static void attend(const Line *l, Room *m, const int64_t *segment, long key, voi
 /* What the backward pass is given, and what it makes. */
 typedef struct {
     const void *out, *gradient; /* (tokens, heads, size) */
-    const float *sizes;         /* (tokens, heads) */
+    const float *sizes;         /* (tokens, heads, 2): the largest score, and one over the sum of all weights beside it */
     void *of_q, *of_k, *of_v;
 } Back;
 
@@ -202,13 +213,14 @@ static void derive(const Line *l, const Back *b, Room *m, long head, long t, lon
     multiply(m->gradient, m->wide, 1, m->turned_v, m->apart, up(count, TALL), l->size, columns, m->of_p, m->apart, 0);
     for (long r = 0; r < count; r++) {
         float *p = m->p + r * m->apart, *of_p = m->of_p + r * m->apart;
-        vec inner = each(0.0f), size = each(b->sizes[(t + r) * l->heads + head]);
+        const float *size = b->sizes + 2 * ((t + r) * l->heads + head);
+        vec inner = each(0.0f), top = each(size[0]), share = each(size[1]);
         for (long i = 0; i < m->wide; i += LANES) inner += all(m->out + r * m->wide + i) * all(m->gradient + r * m->wide + i);
         inner = each(total(inner));
         for (long c = 0; c < columns; c += LANES) {
-            vec far = all(p + c) - size, share = only(zero_below(far, exp_of(far), FAR), first(seen + ordered * r - c));
-            put(p + c, first(LANES), share);
-            put(of_p + c, first(LANES), share * (all(of_p + c) - inner));
+            vec weight = only(weight_of(all(p + c), top) * share, first(seen + ordered * r - c));
+            put(p + c, first(LANES), weight);
+            put(of_p + c, first(LANES), weight * (all(of_p + c) - inner));
         }
     }
 }
@@ -284,13 +296,14 @@ static float *enter(const Line *l, Room *m, long longest, int back) {
     return free_;
 }
 
-/* out and the logarithms of the scores' sums, sizes (tokens, heads). `longest`: most tokens that a segment sees. */
+/* out and sizes, as the backward pass takes them. `longest`: most tokens that a segment sees. */
 void opd_attend(const Line *l, long longest, void *out, float *sizes, int threads) {
+    long chunk = l->count < 4 * threads ? 1 : l->keys; /* heads of a row lie beside each other */
 #pragma omp parallel num_threads(threads)
     {
         Room m;
         float *held = enter(l, &m, longest, 0);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, chunk)
         for (long n = 0; n < l->count * l->keys; n++) attend(l, &m, l->segments + 4 * (n / l->keys), n % l->keys, out, sizes);
         free(held);
     }
@@ -298,11 +311,12 @@ void opd_attend(const Line *l, long longest, void *out, float *sizes, int thread
 
 /* Gradients of q, k and v. pieces (shared, 2): tokens that several segments see before their own, in short pieces. */
 void opd_attend_back(const Line *l, long longest, const Back *b, const int64_t *pieces, long shared, int threads) {
+    long chunk = l->count < 4 * threads ? 1 : l->keys; /* heads of a row lie beside each other */
 #pragma omp parallel num_threads(threads)
     {
         Room m;
         float *held = enter(l, &m, longest, 1);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, chunk)
         for (long n = 0; n < l->count * l->keys; n++) attend_back(l, b, &m, l->segments + 4 * (n / l->keys), n % l->keys);
 #pragma omp for schedule(dynamic)
         for (long n = 0; n < shared * l->keys; n++) {

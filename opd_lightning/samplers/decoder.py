@@ -154,14 +154,16 @@ class Decoder(Writing):
         self.places = torch.tensor(self.lengths, device=self.device)
         self._reserve(max(self.lengths) + 1)
         waiting: list[tuple[tuple[int, ...], int, int]] = []  # prompt, first row, rows
+        longest = 0  # of these
         for prompt, group in groupby(prompts):
             count = sum(1 for _ in group)
             if prompt in donors:
                 self._copy(slice(donors[prompt], donors[prompt] + 1), slice(row, row + count), len(prompt) - 1)
             elif len(prompt) > 1:
-                if waiting and (len(waiting) + 1) * max(len(prompt), *(len(w[0]) for w in waiting)) > PREFILL_TOKENS:
+                longest = max(len(prompt), longest)
+                if waiting and (len(waiting) + 1) * longest > PREFILL_TOKENS:
                     self._read(waiting)
-                    waiting = []
+                    waiting, longest = [], len(prompt)
                 waiting.append((prompt, row, count))
             row += count
         if waiting:
