@@ -32,6 +32,9 @@ PHASES = {
 """The phases of the framework's clock, by the names that both sides' tables use."""
 
 
+PACKAGES = ("torch", "transformers", "lightning")
+
+
 class Gate(pl.Callback):
     """Waits for orders between steps.
 
@@ -62,9 +65,7 @@ class Gate(pl.Callback):
 
     def _wait(self, trainer: pl.Trainer, pl_module: OPDModule) -> None:
         """Answer for the step that has ended, then obey until the next one is ordered."""
-        found: dict[str, Any] = {"versions": versions("torch", "transformers", "lightning")}
-        if self.started is not None:
-            found = self._step(pl_module)
+        found: dict[str, Any] = self._step(pl_module) if self.started is not None else {"versions": versions(*PACKAGES)}
         buffer = trainer.datamodule.buffer  # type: ignore[attr-defined]
         if buffer.rollout is not None:
             found["tokens"] = int(buffer.rollout.mask.sum())

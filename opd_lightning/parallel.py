@@ -17,14 +17,19 @@ FSDP1_ROOT = "_fsdp1_root"
 """Where a student keeps the FSDP1 wrapper above it; not as a submodule."""
 
 
+def in_group() -> bool:
+    """Whether this process belongs to a group of them, be it the only one."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if in_group() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if in_group() else 0
 
 
 def gather_objects(item: T) -> list[T]:
@@ -104,6 +109,9 @@ def run_inside(base: nn.Module, fn: Callable[[], T]) -> T:
 @contextmanager
 def whole_weights(*models: nn.Module | None) -> Iterator[None]:
     """Weights complete and local: nothing inside communicates, so ranks may write completions of different lengths."""
+    if not in_group():
+        yield
+        return
     from torch.distributed.fsdp import FSDPModule
 
     units = [u for m in models if m is not None for u in m.modules() if isinstance(u, FSDPModule)]
@@ -151,6 +159,8 @@ def unwrapped(model: nn.Module | None) -> Iterator[None]:
 
 def fsdp1_root(model: nn.Module) -> Any:
     """The FSDP1 wrapper above a student; None under every other strategy."""
+    if not in_group():  # a look at every module takes a millisecond
+        return None
     return next((root for m in model.modules() if (root := m.__dict__.get(FSDP1_ROOT)) is not None), None)
 
 
@@ -158,7 +168,7 @@ def is_cut(model: nn.Module) -> bool:
     """Whether each process keeps a share of the weights alone."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    return any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
+    return in_group() and any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
 
 
 def plain_class(model: nn.Module) -> type[nn.Module]:

@@ -228,8 +228,8 @@ class Decoder(Writing):
         """Fill the cache with prompts, each once, and copy it to all rows of the prompt."""
         count, longest = len(waiting), max(len(p) for p, _, _ in waiting) - 1
         ids = torch.tensor([[*p[:-1], *[0] * (longest + 1 - len(p))] for p, _, _ in waiting], device=self.device)
-        rows = torch.cat([torch.arange(first, first + n) for _, first, n in waiting]).to(self.device)
-        of = torch.cat([torch.full((n,), i) for i, (_, _, n) in enumerate(waiting)]).to(self.device)
+        rows = torch.tensor([row for _, first, n in waiting for row in range(first, first + n)], device=self.device)
+        of = torch.tensor([i for i, (_, _, n) in enumerate(waiting) for _ in range(n)], device=self.device)
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             q, kv = (t.unflatten(0, (count, longest)).transpose(1, 2) for t in (q, kv))
@@ -264,8 +264,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * sin)
 
 
-def expect_known(base: Any, length: int) -> None:
-    """Check that a model is one this decoder computes, for rows of ``length`` tokens.
+def expect_known(base: Any) -> None:
+    """Check that a model is one this decoder computes.
 
     Raises:
         UnknownArchitecture: naming the first part that is missing or unknown.
@@ -276,12 +276,20 @@ def expect_known(base: Any, length: int) -> None:
     _children("decoder", base.model)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     _expect(rope in ("default", "linear", "llama3", "yarn"), f"rope_type {rope!r}")
-    window = getattr(config, "sliding_window", None)
     _parts_of(base.lm_head)
     for layer in base.model.layers:
         _children("layer", layer)
         _children("attention", layer.self_attn, optional=HEAD_NORMS)
         _children("feed-forward", layer.mlp)
+
+
+def expect_short(base: Any, length: int) -> None:
+    """Check that rows of ``length`` tokens are no longer than an attention window.
+
+    Raises:
+        TooLong: if they are.
+    """
+    window = getattr(base.config, "sliding_window", None)
     if window is not None and window < length:
         raise TooLong(f"sliding window of {window}, rows of {length} tokens")
 

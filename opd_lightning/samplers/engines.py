@@ -18,7 +18,7 @@ from opd_lightning.models.lora import adapters_at_work, base_of
 from opd_lightning.models.processors import looks
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.samplers import compiled, stepped
-from opd_lightning.samplers.decoder import Decoder, TooLong, UnknownArchitecture, Weights, expect_known
+from opd_lightning.samplers.decoder import Decoder, TooLong, UnknownArchitecture, Weights, expect_known, expect_short
 from opd_lightning.samplers.drawing import Law, Writing
 from opd_lightning.samplers.looking import LookingEngine
 
@@ -103,11 +103,11 @@ class Setting:
 
 @dataclass
 class Memory:
-    """What is kept of a model between two refreshes: the reason against the decoder, '' for none, whether long rows were
-    reported, and room for the weights.
+    """What is kept of a model between two refreshes: decoders that were proven, or the reasons against them; whether long rows
+    were reported; room for the weights.
     """
 
-    verdicts: dict[Setting, str] = field(default_factory=dict)
+    verdicts: dict[Setting, type[Decoder] | str] = field(default_factory=dict)
     too_long: bool = False
     weights: Weights | None = None
 
@@ -134,21 +134,24 @@ def engine_for(
     longest = max(map(len, prompts))
     memory, setting = _MEMORY.setdefault(base, Memory()), Setting.of(base, kind)
     kept, memory.weights = memory.weights, None
+    known = memory.verdicts.get(setting)
     try:
-        if memory.verdicts.get(setting):
-            raise UnknownArchitecture(memory.verdicts[setting])
-        expect_known(base, longest + new)
-        decoder = _fastest(base, setting, vocabulary.size)
+        if isinstance(known, str):
+            raise UnknownArchitecture(known)
+        if known is None:
+            expect_known(base)
+        expect_short(base, longest + new)
+        decoder = known or _fastest(base, setting, vocabulary.size)
         wanted = setting.dtype, setting.device, decoder.packs
         fits = kept is not None and (kept.dtype, kept.embedding.device, kept.packs) == wanted
         weights = kept if kept is not None and fits else Weights(base, setting.dtype, decoder.packs)
         weights.load(base, vocabulary.size)
-        if setting not in memory.verdicts:
+        if known is None:
             prove(base, decoder, weights, vocabulary.size)
-            memory.verdicts[setting] = ""
+            memory.verdicts[setting] = decoder
     except UnknownArchitecture as difference:
         passing = isinstance(difference, TooLong)
-        if not memory.verdicts.get(setting) and not (passing and memory.too_long):
+        if not isinstance(known, str) and not (passing and memory.too_long):
             rank_zero_info(f"sampler: {type(base).__name__} is run by transformers, slower than our decoder ({difference})")
         memory.too_long |= passing
         if not passing:
