@@ -176,11 +176,23 @@ def _by_transformers(base: Any, vocabulary: Vocabulary) -> Engine:
 
 
 def prove(base: Any, kind: type[Decoder], weights: Weights, vocab: int) -> None:
-    """A decoder must give the model's own logits: rows of unequal length, prompts read ahead, then a few tokens one by one.
+    """A decoder must give the model's own logits: rows of unequal length, prompts read ahead, then a few tokens one by one. Both
+    multiply float32 as such: what a run allows itself (`trainer.float32_matmul`) may round as bfloat16 does.
 
     Raises:
         UnknownArchitecture: with the deviation, if it is larger than rounding explains.
     """
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        deviation = _deviation(base, kind, weights, vocab)
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+    if not deviation <= PROOF[weights.dtype]:
+        raise UnknownArchitecture(f"its logits differ by {deviation:.2g} of their spread")
+
+
+def _deviation(base: Any, kind: type[Decoder], weights: Weights, vocab: int) -> float:
     rows = [[(7 * i + 3) % vocab for i in range(9)], [(11 * i + 1) % vocab for i in range(6)]]
     decoder = kind(base, weights, len(rows), 9, 9)
     decoder.admit([tuple(row[:-3]) for row in rows])
@@ -188,6 +200,4 @@ def prove(base: Any, kind: type[Decoder], weights: Weights, vocab: int) -> None:
     found = torch.stack([decoder.step(ids) for ids in steps], 1).double()
     texts = [torch.tensor([row[:-1]], device=decoder.device) for row in rows]
     expected = torch.stack([base(input_ids=text, use_cache=False).logits[0, -3:, :vocab] for text in texts]).double()
-    deviation = ((found - expected).square().mean().sqrt() / expected.std(-1).mean()).item()
-    if not deviation <= PROOF[weights.dtype]:
-        raise UnknownArchitecture(f"its logits differ by {deviation:.2g} of their spread")
+    return float((found - expected).square().mean().sqrt() / expected.std(-1).mean())

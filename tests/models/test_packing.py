@@ -245,6 +245,22 @@ def test_rows_of_a_group_draw_their_own_dropout(pair: tuple[Path, Path], source:
     assert lengths[0] == 4 * 47 + 18 and lengths[1] < 80
 
 
+def test_student_and_teacher_share_a_layout(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the teacher is asked first, inside of inference mode: the student's graph holds what was made there."""
+    models = [Student(str(folder)).build() for folder in pair]
+    for model in models:
+        pack_rows(model)
+    made = []
+    monkeypatch.setattr(attention_module, "lay_out", lambda *given: made.append(lay_out(*given)) or made[-1])
+    text = rendering("group")
+    with torch.inference_mode():
+        laws_of(models[1], text, 22)
+    laws_of(models[0], text, 22).hidden.sum().backward()
+    assert len(made) == 1
+    laws_of(models[0], rendering("group"), 22)
+    assert len(made) == 2
+
+
 def test_self_teachers_pack_as_their_student_does(pair: tuple[Path, Path]) -> None:
     text = rendering("group")
     student = Student(str(pair[0]), lora=LoRA(r=4)).build()

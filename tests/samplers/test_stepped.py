@@ -9,7 +9,7 @@ import torch
 
 from opd_lightning.models import Vocabulary
 from opd_lightning.models.lora import base_of
-from opd_lightning.samplers import NativeSampler
+from opd_lightning.samplers import NativeSampler, engines
 from opd_lightning.samplers.decoder import Decoder
 from opd_lightning.samplers.stepped import StepDecoder, computes, library
 from tests.samplers import test_decoder
@@ -69,6 +69,22 @@ def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapte
 @pytest.mark.usefixtures("vectors")
 def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
     assert_rows_do_not_depend_on_their_batch(made("qwen3"), StepDecoder, vocabulary)
+
+
+@builds
+def test_it_is_proven_however_a_run_multiplies_float32(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors with tiles `medium` rounds the model's own products to bfloat16, and a function that does not would fail."""
+    seen: list[str] = []
+    deviation = engines._deviation
+    monkeypatch.setattr(
+        engines, "_deviation", lambda *given: seen.append(torch.get_float32_matmul_precision()) or deviation(*given)
+    )
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert isinstance(engines.engine_for(made("llama"), "auto", vocabulary, [(5, 6)], 1, 4), StepDecoder)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @builds
