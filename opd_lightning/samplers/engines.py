@@ -176,8 +176,8 @@ def _by_transformers(base: Any, vocabulary: Vocabulary) -> Engine:
 
 
 def prove(base: Any, kind: type[Decoder], weights: Weights, vocab: int) -> None:
-    """A decoder must give the model's own logits: rows of unequal length, prompts read ahead, then a few tokens one by one. Both
-    multiply float32 as such: what a run allows itself (`trainer.float32_matmul`) may round as bfloat16 does.
+    """A decoder must give the model's own logits: rows of unequal length, prompts read ahead, then a few tokens one by one.
+    Both multiply float32 as such: what a run allows itself (`trainer.float32_matmul`) may round as bfloat16 does.
 
     Raises:
         UnknownArchitecture: with the deviation, if it is larger than rounding explains.
@@ -192,6 +192,7 @@ def prove(base: Any, kind: type[Decoder], weights: Weights, vocab: int) -> None:
         raise UnknownArchitecture(f"its logits differ by {deviation:.2g} of their spread")
 
 
+@torch.no_grad()
 def _deviation(base: Any, kind: type[Decoder], weights: Weights, vocab: int) -> float:
     rows = [[(7 * i + 3) % vocab for i in range(9)], [(11 * i + 1) % vocab for i in range(6)]]
     decoder = kind(base, weights, len(rows), 9, 9)

@@ -73,7 +73,7 @@ def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
 
 @builds
 def test_it_is_proven_however_a_run_multiplies_float32(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On processors with tiles `medium` rounds the model's own products to bfloat16, and a function that does not would fail."""
+    """On processors with tiles `medium` rounds the model's own products to bfloat16: what does not would fail."""
     seen: list[str] = []
     deviation = engines._deviation
     monkeypatch.setattr(
