@@ -6,6 +6,9 @@ steps themselves are on the clock, and the first one, in which a process sets up
 those that follow. Each saves its student every few steps, and one and the same code measures all of them afterwards: reverse
 KL per token on completions that the saved student writes behind held-out prompts.
 
+Ours runs twice: with float32 products as such, and with `float32_matmul: medium`, which rounds them to bfloat16 on processors
+with tiles. TRL's trainer runs with the former, which is its faster setting (`vs_trl.py --only tiny` shows both).
+
 Several seeds. A single curve jumps by half of its height from one measurement to the next, so the seconds are read off each
 side's mean curve (geometric, over seeds); what every seed alone gives stands beside it. The curves over steps must agree within
 their noise, or the seconds compare different things.
@@ -36,7 +39,7 @@ from opd_lightning.types import Prompt, Rollout
 from pairs import Pair, fit_config
 
 BETAS = (0.9, 0.98)
-SIDES = ("ours", "gkd")
+SIDES = ("ours", "ours@medium", "gkd")
 
 
 def data() -> Pair:
@@ -69,10 +72,13 @@ def held_out_kl(folder: Path, teacher: Any, count: int) -> float:
 
 
 def train(given: argparse.Namespace, pair: Pair, seed: int, folder: Path) -> dict[str, list[tuple[int, float, Path]]]:
-    """(steps, seconds, folder of the student) of every saved student of both sides."""
-    config = fit_config(
-        folder / "ours.yaml", pair, "float32", given.rows, 48, eos=True, lr=given.learning_rate, betas=list(BETAS)
-    )
+    """(steps, seconds, folder of the student) of every saved student of all sides."""
+    settings = {"eos": True, "lr": given.learning_rate, "betas": list(BETAS)}
+    configs = {
+        name: fit_config(folder / f"{name}.yaml", pair, "float32", given.rows, 48, **settings)
+        for name in SIDES
+        if name != "gkd"
+    }
     flags: dict[str, object] = {
         "trainer": "gkd",
         "student": pair.student,
@@ -93,10 +99,14 @@ def train(given: argparse.Namespace, pair: Pair, seed: int, folder: Path) -> dic
         *(w for k, v in flags.items() for w in (f"--{k}", v)),
         "--eos",
     ]
-    workers = {"ours": fit_worker(given, config, "--seed_everything", seed), "gkd": Worker("gkd", peer)}
+    workers = {name: fit_worker(given, config, "--seed_everything", seed) for name, config in configs.items()}
+    workers["gkd"] = Worker("gkd", peer)
     seconds = dict.fromkeys(workers, 0.0)
     saved: dict[str, list[tuple[int, float, Path]]] = {name: [(0, 0.0, pair.student)] for name in workers}
-    sides = {name: lambda worker=worker: worker.ask("step") for name, worker in workers.items()}
+    sides = {
+        name: lambda worker=worker, matmul=name.partition("@")[2] or "highest": worker.ask("step", matmul=matmul)
+        for name, worker in workers.items()
+    }
     try:
         for step in range(given.every, given.steps + 1, given.every):
             taken = alternate(sides, given.every, 0, list(workers.values()))
@@ -138,6 +148,21 @@ def mean_curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str
     ]
 
 
+def against(curves: Mapping[int, Any], side: str, peer: str, target: float) -> dict[str, float]:
+    """How much less of everything one side needs than its peer."""
+
+    def times_less(key: str, own: Sequence[Any], theirs: Sequence[Any]) -> float:
+        return crossing(theirs, key, target) / crossing(own, key, target)
+
+    own, theirs = (mean_curve([c[name] for c in curves.values()]) for name in (side, peer))
+    return {
+        "times_less": round(times_less("seconds", own, theirs), 4),
+        "steps_less": round(times_less("step", own, theirs), 4),
+        "seconds_per_step": round(theirs[-1]["seconds"] / own[-1]["seconds"], 4),
+        "median_of_seeds": round(statistics.median(times_less("seconds", c[side], c[peer]) for c in curves.values()), 4),
+    }
+
+
 def page(curves: Mapping[int, Any], ratios: Mapping[str, Any], target: float) -> str:
     """The Markdown."""
     steps = [p["step"] for p in next(iter(curves.values()))["ours"]]
@@ -149,10 +174,12 @@ def page(curves: Mapping[int, Any], ratios: Mapping[str, Any], target: float) ->
     head = ["step", *(f"{n} {what}" for n in SIDES for what in ("KL", "± (seeds)"))]
     seeds = [[seed, *(crossing(c[n], k, target) for k in ("step", "seconds") for n in SIDES)] for seed, c in curves.items()]
     crossed = table(["seed", *(f"{n} {k}" for k in ("steps", "seconds") for n in SIDES)], seeds)
-    told = (
-        f"Time to {target:g} nats per token, theirs over ours: **{ratios['times_less']}** on the mean curves (over "
-        f"{ratios['steps_less']} of the steps, each in 1 / {ratios['seconds_per_step']} of the time); median of the seeds' own "
-        f"{ratios['median_of_seeds']}."
+    told = "\n".join(
+        f"Time to {target:g} nats per token, theirs over {name}: **{found['times_less']}** on the mean curves "
+        f"({found['steps_less']} in steps, {found['seconds_per_step']} in seconds per step); median of the seeds' own "
+        f"{found['median_of_seeds']}.\n"
+        for name, found in ratios.items()
+        if isinstance(found, Mapping)
     )
     return f"{told}\n\n## To the target\n\n{crossed}\n\n## Curves\n\n{table(head, rows)}"
 
@@ -185,18 +212,8 @@ def main() -> None:
             ]
             shown = ", ".join(f"{point['kl']:.4f}" for point in curves[seed][name])
             say(f"  {name}: KL {shown}")
-    reached = {n: [crossing(c[n], "seconds", given.target) for c in curves.values()] for n in SIDES}
-    times = [t / o for o, t in zip(*(reached[n] for n in SIDES), strict=True)]
-    means = [mean_curve([c[n] for c in curves.values()]) for n in SIDES]
-    seconds, steps = ([crossing(mean, key, given.target) for mean in means] for key in ("seconds", "step"))
-    ratios = {
-        "times_less": round(seconds[1] / seconds[0], 4),
-        "steps_less": round(steps[1] / steps[0], 4),
-        "seconds_per_step": round(means[1][-1]["seconds"] / means[0][-1]["seconds"], 4),
-        "median_of_seeds": round(statistics.median(times), 4),
-        "target": given.target,
-        "seeds": len(times),
-    }
+    ratios: dict[str, Any] = {n: against(curves, n, "gkd", given.target) for n in SIDES if n != "gkd"}
+    ratios |= {"target": given.target, "seeds": len(curves)}
     report(given, "to_target", ratios, {"curves": curves}, page(curves, ratios, given.target))
 
 
