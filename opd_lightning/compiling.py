@@ -30,6 +30,9 @@ VECTORS = {
 }
 """What sources that name ``vectors.h`` may use of a processor, by what PyTorch uses of it."""
 
+HALVES = "avx512bf16"
+"""The same of one that multiplies bfloat16."""
+
 POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
@@ -39,7 +42,7 @@ def vectors() -> tuple[str, ...] | None:
     if sys.platform != "linux" or platform.machine() != "x86_64" or capability not in VECTORS:
         return None
     half = capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    return (*VECTORS[capability], *(("avx512bf16",) if half else ()))
+    return (*VECTORS[capability], *((HALVES,) if half else ()))
 
 
 def built(source: Path, features: Sequence[str] | None) -> ctypes.CDLL | None:

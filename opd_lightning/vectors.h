@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+typedef uint16_t bf16;
+
 static inline long least(long a, long b) { return a < b ? a : b; }
 
 #ifdef __AVX512F__
@@ -26,19 +28,21 @@ static inline vec least_where(vec x, mask some) { return _mm512_mask_mov_ps(each
 static inline vec zero_below(vec x, vec y, float limit) {
     return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, each(limit), _CMP_LT_OQ), _mm512_setzero_ps());
 }
-static inline vec halves(const uint16_t *x, mask some) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
-}
-static inline void put_halves(uint16_t *x, mask some, vec y) {
+static inline vec widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+static inline __m256i narrowed(vec y) {
 #ifdef __AVX512BF16__
-    _mm256_mask_storeu_epi16(x, some, (__m256i)_mm512_cvtneps_pbh(y));
+    return (__m256i)_mm512_cvtneps_pbh(y);
 #else
     __m512i bits = _mm512_castps_si512(y), odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i near = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     near = _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)); /* NaN stays so */
-    _mm256_mask_storeu_epi16(x, some, _mm512_cvtepi32_epi16(near));
+    return _mm512_cvtepi32_epi16(near);
 #endif
 }
+static inline vec rounded(vec x) { return widened(narrowed(x)); }
+static inline vec all_halves(const bf16 *x) { return widened(_mm256_loadu_si256((const __m256i *)x)); }
+static inline vec halves(const bf16 *x, mask some) { return widened(_mm256_maskz_loadu_epi16(some, x)); }
+static inline void put_halves(bf16 *x, mask some, vec y) { _mm256_mask_storeu_epi16(x, some, narrowed(y)); }
 static inline float total(vec x) { return _mm512_reduce_add_ps(x); }
 static inline float largest(vec x) { return _mm512_reduce_max_ps(x); }
 /* y, where the bit of a place is set that of x `by` places further. */
@@ -68,17 +72,30 @@ static inline vec least_where(vec x, mask some) { return _mm256_blendv_ps(each(-
 static inline vec zero_below(vec x, vec y, float limit) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, each(limit), _CMP_LT_OQ), y);
 }
-static inline vec halves(const uint16_t *x, mask some) {
-    uint16_t near[LANES] = {0};
-    memcpy(near, x, (size_t)_mm_popcnt_u32((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(some))) * sizeof *x);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)near)), 16));
-}
-static inline void put_halves(uint16_t *x, mask some, vec y) {
+static inline vec widened(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+static inline __m128i narrowed(vec y) {
     __m256i bits = _mm256_castps_si256(y), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i near = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     near = _mm256_blendv_epi8(near, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(y, y, _CMP_UNORD_Q)));
-    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(near, near), 0x08);
-    memcpy(x, &packed, (size_t)_mm_popcnt_u32((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(some))) * sizeof *x);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(near, near), 0x08));
+}
+static inline vec rounded(vec x) { return widened(narrowed(x)); }
+static inline vec all_halves(const bf16 *x) { return widened(_mm_loadu_si128((const __m128i *)x)); }
+static inline size_t count_of(mask some) {
+    return (size_t)_mm_popcnt_u32((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(some)));
+}
+static inline vec halves(const bf16 *x, mask some) {
+    bf16 near[LANES] = {0};
+    if (count_of(some) == LANES) return all_halves(x);
+    memcpy(near, x, count_of(some) * sizeof *x);
+    return all_halves(near);
+}
+static inline void put_halves(bf16 *x, mask some, vec y) {
+    __m128i near = narrowed(y);
+    if (count_of(some) == LANES)
+        _mm_storeu_si128((__m128i *)x, near);
+    else
+        memcpy(x, &near, count_of(some) * sizeof *x);
 }
 static inline float total(vec x) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -49,15 +49,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Functions in C as they are built for processors with these vectors; wider ones run what is for narrower ones."""
     from opd_lightning.compiling import VECTORS
-    from opd_lightning.ops import packed, reverse_kl
+    from opd_lightning.ops import packed, pointwise, reverse_kl
     from opd_lightning.samplers import drawing, stepped
 
     names = list(VECTORS)
     if names.index(request.param) < names.index(torch.backends.cpu.get_cpu_capability()):
         pytest.skip(f"this processor has no {request.param}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    for module in (packed, reverse_kl, drawing, stepped):
+    for module in (packed, pointwise, reverse_kl, drawing, stepped):
         module.library.cache_clear()
     yield
-    for module in (packed, reverse_kl, drawing, stepped):
+    for module in (packed, pointwise, reverse_kl, drawing, stepped):
         module.library.cache_clear()

@@ -46,7 +46,7 @@ static void fetch(const Line *l, const void *x, long heads, long head, long star
     for (long t = start; t < stop; t++, y += wide, at += apart)
         for (long i = 0; i < l->size; i += LANES) {
             mask here = first(l->size - i);
-            vec part = l->half ? halves((const uint16_t *)x + at + i, here) : get((const float *)x + at + i, here);
+            vec part = l->half ? halves((const bf16 *)x + at + i, here) : get((const float *)x + at + i, here);
             put(y + i, first(LANES), factor * part);
         }
 }
@@ -56,7 +56,7 @@ static void store(const Line *l, const float *y, long wide, void *x, long heads,
         for (long i = 0; i < l->size; i += LANES) {
             long at = (t * heads + head) * l->size + i;
             if (l->half)
-                put_halves((uint16_t *)x + at, first(l->size - i), all(y + i));
+                put_halves((bf16 *)x + at, first(l->size - i), all(y + i));
             else
                 put((float *)x + at, first(l->size - i), all(y + i));
         }

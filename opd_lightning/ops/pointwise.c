@@ -5,24 +5,24 @@
  */
 #include <omp.h>
 
-#include "compiling.h"
+#include "vectors.h"
 
-static inline __mmask16 first(long count) { return count < 16 ? (__mmask16)((1u << count) - 1) : (__mmask16)0xffff; }
+#define INLINE static inline __attribute__((always_inline))
 
-/* Up to sixteen numbers from place i on; 0 behind the last. */
-static inline __m512 take(const void *x, long i, __mmask16 some, int half) {
-    if (half) return widen(_mm256_maskz_loadu_epi16(some, (const bf16 *)x + i));
-    return _mm512_maskz_loadu_ps(some, (const float *)x + i);
+/* Numbers from place i on, of which there are `left`; 0 behind the last. */
+INLINE vec take(const void *x, long i, long left, int half) {
+    if (left < LANES) return half ? halves((const bf16 *)x + i, first(left)) : get((const float *)x + i, first(left));
+    return half ? all_halves((const bf16 *)x + i) : all((const float *)x + i);
 }
 
-static inline void put(void *y, long i, __mmask16 some, __m512 value, int half) {
+INLINE void give(void *y, long i, long left, vec value, int half) {
     if (half)
-        _mm256_mask_storeu_epi16((bf16 *)y + i, some, narrow16(value));
+        put_halves((bf16 *)y + i, first(left), value);
     else
-        _mm512_mask_storeu_ps((float *)y + i, some, value);
+        put((float *)y + i, first(left), value);
 }
 
-static inline __m512 in_kind(__m512 x, int half) { return half ? rounded(x) : x; }
+INLINE vec in_kind(vec x, int half) { return half ? rounded(x) : x; }
 
 /* y = weight * (x / root mean square of x); rows (count, width). scales (count,): 1 / root mean square. */
 void opd_norm(const void *x, const void *weight, long count, long width, float eps, int half, void *y, float *scales,
@@ -30,17 +30,16 @@ void opd_norm(const void *x, const void *weight, long count, long width, float e
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long r = 0; r < count; r++) {
         long row = r * width;
-        __m512 sum = _mm512_setzero_ps();
-        for (long i = 0; i < width; i += 16) {
-            __m512 v = take(x, row + i, first(width - i), half);
-            sum = _mm512_fmadd_ps(v, v, sum);
+        vec sum = each(0.0f);
+        for (long i = 0; i < width; i += LANES) {
+            vec v = take(x, row + i, width - i, half);
+            sum += v * v;
         }
-        scales[r] = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / (float)width + eps);
-        __m512 scale = _mm512_set1_ps(scales[r]);
-        for (long i = 0; i < width; i += 16) {
-            __mmask16 some = first(width - i);
-            __m512 normal = in_kind(_mm512_mul_ps(take(x, row + i, some, half), scale), half);
-            put(y, row + i, some, _mm512_mul_ps(take(weight, i, some, half), normal), half);
+        scales[r] = 1.0f / sqrtf(total(sum) / (float)width + eps);
+        vec scale = each(scales[r]);
+        for (long i = 0; i < width; i += LANES) {
+            vec normal = in_kind(take(x, row + i, width - i, half) * scale, half);
+            give(y, row + i, width - i, take(weight, i, width - i, half) * normal, half);
         }
     }
 }
@@ -55,51 +54,41 @@ void opd_norm_back(const void *x, const void *weight, const float *scales, const
 #pragma omp for schedule(static)
         for (long r = 0; r < count; r++) {
             long row = r * width;
-            __m512 sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(scales[r]);
-            for (long i = 0; i < width; i += 16) {
-                __mmask16 some = first(width - i);
-                __m512 n = _mm512_mul_ps(take(x, row + i, some, half), scale), g = take(dy, row + i, some, half);
-                sum = _mm512_fmadd_ps(_mm512_mul_ps(take(weight, i, some, half), g), n, sum);
-                if (own) _mm512_mask_storeu_ps(own + i, some, _mm512_fmadd_ps(n, g, _mm512_maskz_loadu_ps(some, own + i)));
+            vec sum = each(0.0f), scale = each(scales[r]);
+            for (long i = 0, left = width; i < width; i += LANES, left -= LANES) {
+                vec n = take(x, row + i, left, half) * scale, g = take(dy, row + i, left, half);
+                sum += take(weight, i, left, half) * g * n;
+                if (own) give(own, i, left, n * g + take(own, i, left, 0), 0);
             }
-            __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)width);
-            for (long i = 0; i < width; i += 16) {
-                __mmask16 some = first(width - i);
-                __m512 n = _mm512_mul_ps(take(x, row + i, some, half), scale), g = take(dy, row + i, some, half);
-                __m512 u = _mm512_mul_ps(take(weight, i, some, half), g);
-                put(dx, row + i, some, _mm512_mul_ps(scale, _mm512_fnmadd_ps(n, mean, u)), half);
+            vec mean = each(total(sum) / (float)width);
+            for (long i = 0, left = width; i < width; i += LANES, left -= LANES) {
+                vec n = take(x, row + i, left, half) * scale, u = take(weight, i, left, half) * take(dy, row + i, left, half);
+                give(dx, row + i, left, scale * (u - n * mean), half);
             }
         }
     }
 }
 
-/* 1 / (1 + e^-x) */
-static inline __m512 sigmoid(__m512 x) {
-    __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(minus)));
-}
+/* 1 / (1 + e^-x), not below e^-87: smaller numbers are slow to compute with. */
+INLINE vec sigmoid(vec x) { return each(1.0f) / (each(1.0f) + exp_of(smaller(each(87.0f), -x))); }
 
 /* y = silu(gate) * up, of `count` numbers. */
 void opd_gate(const void *gate, const void *up, long count, int half, void *y, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long i = 0; i < count; i += 16) {
-        __mmask16 some = first(count - i);
-        __m512 g = take(gate, i, some, half);
-        put(y, i, some, _mm512_mul_ps(in_kind(_mm512_mul_ps(g, sigmoid(g)), half), take(up, i, some, half)), half);
+    for (long i = 0; i < count; i += LANES) {
+        vec g = take(gate, i, count - i, half);
+        give(y, i, count - i, in_kind(g * sigmoid(g), half) * take(up, i, count - i, half), half);
     }
 }
 
 /* dup = silu(gate) dy, dgate = s (1 + gate (1 - s)) up dy with s = sigmoid(gate). */
 void opd_gate_back(const void *gate, const void *up, const void *dy, long count, int half, void *dgate, void *dup,
                    int threads) {
-    const __m512 one = _mm512_set1_ps(1.0f);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long i = 0; i < count; i += 16) {
-        __mmask16 some = first(count - i);
-        __m512 g = take(gate, i, some, half), d = take(dy, i, some, half), s = sigmoid(g);
-        __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(g, _mm512_sub_ps(one, s), one));
-        put(dup, i, some, _mm512_mul_ps(_mm512_mul_ps(g, s), d), half);
-        put(dgate, i, some, _mm512_mul_ps(_mm512_mul_ps(slope, take(up, i, some, half)), d), half);
+    for (long i = 0; i < count; i += LANES) {
+        vec g = take(gate, i, count - i, half), d = take(dy, i, count - i, half), s = sigmoid(g);
+        give(dup, i, count - i, g * s * d, half);
+        give(dgate, i, count - i, s * (1.0f + g * (1.0f - s)) * take(up, i, count - i, half) * d, half);
     }
 }
 
@@ -110,22 +99,20 @@ void opd_rotate(const void *x, const void *cos, const void *sin, long tokens, lo
     long middle = size / 2;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long t = 0; t < tokens; t++) {
-        for (long i = 0; i < middle; i += 16) {
-            __mmask16 some = first(middle - i);
-            __m512 c = take(cos, t * size + i, some, half), c2 = take(cos, t * size + middle + i, some, half);
-            __m512 s = take(sin, t * size + i, some, half), s2 = take(sin, t * size + middle + i, some, half);
+        for (long i = 0, left = middle; i < middle; i += LANES, left -= LANES) {
+            long low = t * size + i, high = low + middle;
+            vec c = take(cos, low, left, half), c2 = take(cos, high, left, half);
+            vec s = take(sin, low, left, half), s2 = take(sin, high, left, half);
             for (long h = 0; h < heads; h++) {
                 long at = (t * heads + h) * size + i;
-                __m512 low = take(x, at, some, half), high = take(x, at + middle, some, half), a, b;
+                vec a = take(x, at, left, half), b = take(x, at + middle, left, half);
                 if (back) {
-                    a = _mm512_fmadd_ps(low, c, _mm512_mul_ps(high, s2));
-                    b = _mm512_fmsub_ps(high, c2, _mm512_mul_ps(low, s));
+                    give(y, at, left, a * c + b * s2, half);
+                    give(y, at + middle, left, b * c2 - a * s, half);
                 } else {
-                    a = _mm512_sub_ps(in_kind(_mm512_mul_ps(low, c), half), in_kind(_mm512_mul_ps(high, s), half));
-                    b = _mm512_add_ps(in_kind(_mm512_mul_ps(high, c2), half), in_kind(_mm512_mul_ps(low, s2), half));
+                    give(y, at, left, in_kind(a * c, half) - in_kind(b * s, half), half);
+                    give(y, at + middle, left, in_kind(b * c2, half) + in_kind(a * s2, half), half);
                 }
-                put(y, at, some, a, half);
-                put(y, at + middle, some, b, half);
             }
         }
     }

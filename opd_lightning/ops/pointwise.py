@@ -1,5 +1,5 @@
-"""What stands between the products of a decoder's layer (norms, gates, rotary positions), by C functions (`pointwise.c`) on
-processors with AVX512-BF16.
+"""What stands between the products of a decoder's layer (norms, gates, rotary positions), by C functions (`pointwise.c`), on
+x86-64 processors with vectors of eight numbers and more.
 
 PyTorch makes four to eight passes over the numbers for each and keeps tables in float32 for the backward pass; here each is one
 pass, and what is kept is the input. The functions are built once, with the C compiler of the machine.
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built
+from opd_lightning.compiling import FLOAT, INT, LONG, POINTER, built, vectors
 
 SOURCE = Path(__file__).with_name("pointwise.c")
-FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The functions, built at the first call on this machine; None where that cannot be done."""
-    here = sys.platform == "linux" and platform.machine() == "x86_64" and torch.cpu._is_avx512_bf16_supported()
-    found = built(SOURCE, FEATURES) if here else None
+    found = built(SOURCE, vectors())
     if found is not None:
         for name, given in (
             ("opd_norm", [POINTER, POINTER, LONG, LONG, FLOAT, INT, POINTER, POINTER, INT]),

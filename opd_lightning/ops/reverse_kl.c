@@ -28,8 +28,8 @@ typedef struct {
 /* Logits from place i on; behind the last one, minus infinity. */
 INLINE vec take(const void *x, long i, long size, const int half, const int whole_) {
     mask here = first(size - i);
-    if (whole_) return half ? halves((const uint16_t *)x + i, first(LANES)) : all((const float *)x + i);
-    return least_where(half ? halves((const uint16_t *)x + i, here) : get((const float *)x + i, here), here);
+    if (whole_) return half ? all_halves((const bf16 *)x + i) : all((const float *)x + i);
+    return least_where(half ? halves((const bf16 *)x + i, here) : get((const float *)x + i, here), here);
 }
 
 /* The same as log-probabilities that lack the row's constant, not below `least`. Of two operands, NaN in the second is kept. */
@@ -124,7 +124,7 @@ INLINE void compare(const Laws *l, long row, const int half) {
         vec s = shifted(x, i, size, floor_, half, whole_), t = shifted(y, i, size, y_floor, half, whole_);
         vec v = exp_below(s) * weight * (s - t - gap - middle);
         if (half)
-            put_halves((uint16_t *)gradient + i, here, v);
+            put_halves((bf16 *)gradient + i, here, v);
         else
             put((float *)gradient + i, here, v);
     })

@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd_lightning.compiling import INT, LONG, POINTER, built
+from opd_lightning.compiling import HALVES, INT, LONG, POINTER, built, vectors
 from opd_lightning.samplers.decoder import Weights
 from opd_lightning.samplers.functions import FunctionDecoder, at, regular
 from opd_lightning.samplers.linear import Linear
 
 SOURCE = Path(__file__).with_name("thin.c")
-FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma")
 TILES = ("amx-tile", "amx-bf16")
 
 
@@ -69,7 +66,7 @@ class _Space(ctypes.Structure):
 
 def supported() -> bool:
     """Whether this processor multiplies bfloat16."""
-    return sys.platform == "linux" and platform.machine() == "x86_64" and bool(torch.cpu._is_avx512_bf16_supported())
+    return HALVES in (vectors() or ())
 
 
 def has_tiles() -> bool:
@@ -85,7 +82,7 @@ def library(tiles: bool | None = None) -> ctypes.CDLL | None:
         tiles: whether it multiplies tiles rather than vectors; None is what the processor has.
     """
     more = TILES if (has_tiles() if tiles is None else tiles) else ()
-    found = built(SOURCE, (*FEATURES, *more)) if supported() else None
+    found = built(SOURCE, (*(vectors() or ()), *more)) if supported() else None
     if found is not None:
         found.opd_step.argtypes = [ctypes.POINTER(_Model), POINTER, POINTER, LONG, ctypes.POINTER(_Space), POINTER, INT]
         found.opd_step.restype = None

@@ -9,7 +9,7 @@
 
 /* Numbers i on, of float32 or bfloat16 ones. */
 static inline vec numbers_at(const void *x, long i, mask some, int half) {
-    return half ? halves((const uint16_t *)x + i, some) : get((const float *)x + i, some);
+    return half ? halves((const bf16 *)x + i, some) : get((const float *)x + i, some);
 }
 
 /* Probabilities but for a factor; 0 where one is no normal number beside the largest. */

@@ -8,9 +8,9 @@
  * Each row is computed by itself, whatever other rows there are, in one order of summation.
  */
 #include <stdlib.h>
-#include <string.h>
 
-#include "compiling.h"
+#include "vectors.h"
+
 #include "tiles.h"
 
 /* y = x W' + b, W (out, in); beside it an adapter in float32, y + x down' up, with down (rank, in) and up (rank, out). Missing
@@ -36,7 +36,6 @@ typedef struct {
     float eps, scale;
 } Model;
 
-static inline long least(long a, long b) { return a < b ? a : b; }
 static inline long most(long a, long b) { return a > b ? a : b; }
 
 /* ---- numbers ------------------------------------------------------------------------------------------------------------- */
@@ -48,7 +47,7 @@ static inline __m512i every16th(void) {
 
 /* Sixteen numbers from place i on. */
 static inline __m512 take(const void *x, long i, int wide) {
-    return wide ? _mm512_loadu_ps((const float *)x + i) : wide16((const bf16 *)x + i);
+    return wide ? _mm512_loadu_ps((const float *)x + i) : all_halves((const bf16 *)x + i);
 }
 
 /* The place of number i. */
@@ -79,12 +78,12 @@ static inline void finish(__m512 sum, __m512 up, void *y, long i, int mode, int 
     if (mode == ADD) sum = _mm512_add_ps(take(y, i, wide), sum);
     if (mode == GATE) {
         __m512 minus = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), sum));
-        sum = _mm512_mul_ps(rounded(_mm512_div_ps(sum, _mm512_add_ps(_mm512_set1_ps(1.0f), exp16(minus)))), up);
+        sum = _mm512_mul_ps(rounded(_mm512_div_ps(sum, _mm512_add_ps(_mm512_set1_ps(1.0f), exp_below(minus)))), up);
     }
     if (mode == ADD && wide)
         _mm512_storeu_ps((float *)y + i, sum);
     else
-        _mm256_storeu_si256((__m256i *)((bf16 *)y + i), narrow16(sum));
+        _mm256_storeu_si256((__m256i *)((bf16 *)y + i), narrowed(sum));
 }
 
 /* ---- products ---------------------------------------------------------------------------------------------------------- */
@@ -97,8 +96,8 @@ static void pack(const void *x, int wide, const void *norm, const float *scales,
         const void *row = from(x, r * width, norm && wide);
         __m512i pairs;
         if (norm) {
-            __m512i low = _mm512_castsi256_si512(narrow16(normed(row, wide, norm, wide, k, scales[r])));
-            pairs = _mm512_inserti64x4(low, narrow16(normed(row, wide, norm, wide, k + 16, scales[r])), 1);
+            __m512i low = _mm512_castsi256_si512(narrowed(normed(row, wide, norm, wide, k, scales[r])));
+            pairs = _mm512_inserti64x4(low, narrowed(normed(row, wide, norm, wide, k + 16, scales[r])), 1);
         } else {
             pairs = load((const bf16 *)row + k);
         }
@@ -118,7 +117,7 @@ typedef struct {
 
 /* Sixteen numbers of what a layer reads: of the residual stream behind a norm, or bfloat16 ones as they are. */
 static inline __m512 read16(const void *x, const void *norm, float scale, long i, int wide) {
-    return norm ? rounded(normed(x, wide, norm, wide, i, scale)) : wide16((const bf16 *)x + i);
+    return norm ? rounded(normed(x, wide, norm, wide, i, scale)) : all_halves((const bf16 *)x + i);
 }
 
 /* low = x down', x of `width` numbers a row. */
@@ -142,7 +141,7 @@ static void reduce(const void *x, long rows, long width, const void *norm, const
 
 /* Sixteen outputs of a layer from their products. */
 static inline __m512 output16(__m512 sum, const Linear *l, const float *low, long o) {
-    if (l->bias) sum = _mm512_add_ps(sum, wide16(l->bias + o));
+    if (l->bias) sum = _mm512_add_ps(sum, all_halves(l->bias + o));
     sum = rounded(sum);
     if (!l->rank) return sum;
     for (long j = 0; j < l->rank; j++)
@@ -193,11 +192,11 @@ static void turn(const bf16 *x, const void *norm, float eps, const float *cos, c
     float scale = norm ? scale_of(x, size, eps, 0) : 0.0f;
     for (long i = 0; i < size; i += 16) {
         long other = i < size / 2 ? i + size / 2 : i - size / 2;
-        __m512 a = norm ? normed(x, 0, norm, wide, i, scale) : wide16(x + i);
-        __m512 b = norm ? normed(x, 0, norm, wide, other, scale) : wide16(x + other);
+        __m512 a = norm ? normed(x, 0, norm, wide, i, scale) : all_halves(x + i);
+        __m512 b = norm ? normed(x, 0, norm, wide, other, scale) : all_halves(x + other);
         a = _mm512_mul_ps(a, _mm512_loadu_ps(cos + i));
         b = _mm512_mul_ps(b, _mm512_loadu_ps(sin + i));
-        _mm256_storeu_si256((__m256i *)(y + i), narrow16(wide ? _mm512_add_ps(a, b) : _mm512_add_ps(rounded(a), rounded(b))));
+        _mm256_storeu_si256((__m256i *)(y + i), narrowed(wide ? _mm512_add_ps(a, b) : _mm512_add_ps(rounded(a), rounded(b))));
     }
 }
 
@@ -209,7 +208,7 @@ static float softmax(float *p, long count, float scale) {
     __m512 peak = _mm512_mul_ps(times, _mm512_set1_ps(_mm512_reduce_max_ps(most)));
     for (long t = 0; t < count; t += 16) {
         __mmask16 here = count - t < 16 ? (__mmask16)((1u << (count - t)) - 1) : (__mmask16)-1;
-        __m512 e = _mm512_maskz_mov_ps(here, exp16(_mm512_fmsub_ps(_mm512_loadu_ps(p + t), times, peak)));
+        __m512 e = _mm512_maskz_mov_ps(here, exp_below(_mm512_fmsub_ps(_mm512_loadu_ps(p + t), times, peak)));
         _mm512_storeu_ps(p + t, e);
         total = _mm512_add_ps(total, e);
     }
@@ -230,7 +229,7 @@ static inline __attribute__((always_inline)) void read_values(const bf16 *values
         __m512 v[4];
         for (int i = 0; i < columns; i += 2) _mm_prefetch(next + t * size + 16 * i, _MM_HINT_T1);
 #pragma GCC unroll 4
-        for (int i = 0; i < columns; i++) v[i] = wide16(values + t * size + 16 * i);
+        for (int i = 0; i < columns; i++) v[i] = all_halves(values + t * size + 16 * i);
 #pragma GCC unroll 4
         for (int h = 0; h < heads; h++) {
             __m512 weight = _mm512_set1_ps(p[h * apart + t]);
@@ -241,7 +240,7 @@ static inline __attribute__((always_inline)) void read_values(const bf16 *values
     for (int h = 0; h < heads; h++) {
         __m512 share = _mm512_set1_ps(shares[h]);
         for (int i = 0; i < columns; i++)
-            _mm256_storeu_si256((__m256i *)(y + h * size + 16 * i), narrow16(_mm512_mul_ps(read[h][i], share)));
+            _mm256_storeu_si256((__m256i *)(y + h * size + 16 * i), narrowed(_mm512_mul_ps(read[h][i], share)));
     }
 }
 

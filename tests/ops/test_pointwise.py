@@ -13,7 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from opd_lightning.ops.pointwise import computes, gated, library, rms_norm, rotated
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no processor or no compiler for it")
+pytestmark = [
+    pytest.mark.skipif(library() is None, reason="no processor or no compiler for it"),
+    pytest.mark.usefixtures("vectors"),
+]
 
 EPS = 1e-3
 KINDS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
