@@ -15,7 +15,8 @@ from opd_lightning.samplers.drawing import Draws, Law
 
 
 class FunctionDecoder(Decoder):
-    """A decoder whose step is one call of ``opd_step``. Prompts are read by PyTorch, which is as fast with many tokens.
+    """A decoder whose step is one call of ``opd_step``. Prompts are read by PyTorch, which is as fast with many tokens of
+    a large model.
 
     A class behind it describes the model and makes room for its steps.
     """

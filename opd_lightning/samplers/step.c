@@ -8,7 +8,7 @@
 
 #include "vectors.h"
 
-/* Weights are (out, in), biases and head norms may be missing. */
+/* Weights are (out, in), or packed; biases and head norms may be missing. */
 typedef struct {
     const float *before_attention, *qkv, *qkv_bias, *query_norm, *key_norm, *out, *out_bias;
     const float *before_mlp, *gate_up, *gate_up_bias, *down, *down_bias;
@@ -18,7 +18,7 @@ typedef struct {
 typedef struct {
     const Layer *layers;
     const float *embedding, *norm, *head, *head_bias, *cos, *sin; /* cos, sin (places, size); sin with the sign of its half */
-    int64_t count, width, inner, queries, keys, size, vocab, room;
+    int64_t count, width, inner, queries, keys, size, vocab, room, packed;
     float eps, scale;
 } Model;
 
@@ -99,6 +99,69 @@ static inline __attribute__((always_inline)) void products(const float *w, const
         }
     }
     put(sums[0], first(LANES), totals(a, rows));
+}
+
+/* ---- packed weights: for PANEL outputs at a time, what each input is multiplied with ------------------------------------- */
+
+#define PANEL (2 * LANES)
+#define ACROSS (LANES / 2) /* rows that meet a panel at once */
+#define TERMS 16           /* that are summed up before they are added to the others, for the sake of rounding */
+
+static long panels(long out) { return (out + PANEL - 1) / PANEL; }
+
+int64_t opd_packed(long out, long width) { return panels(out) * PANEL * width; }
+
+/* weight (out, width) to (panels, width, PANEL), with zeros behind the last output. */
+void opd_pack(const float *weight, long out, long width, float *packed) {
+    for (long o = 0; o < panels(out) * PANEL; o += LANES) {
+        float *to = packed + o / PANEL * PANEL * width + o % PANEL;
+        for (long i = 0; i < width; i += LANES) {
+            vec table[LANES];
+            for (long j = 0; j < LANES; j++)
+                table[j] = o + j < out ? get(weight + (o + j) * width + i, first(width - i)) : each(0.0f);
+            transposed(table);
+            for (long j = 0; j < least(LANES, width - i); j++) put(to + (i + j) * PANEL, first(LANES), table[j]);
+        }
+    }
+}
+
+/* `rows` rows of x times a panel: `count` outputs of each, `apart` numbers from each other. */
+static inline __attribute__((always_inline)) void times_panel(const float *x, long width, const float *w, const int rows,
+                                                              const float *bias, long count, long apart, float *y, int add) {
+    vec a[ACROSS][2];
+    mask low = first(count), high = first(count - LANES);
+    for (int r = 0; r < rows; r++) {
+        a[r][0] = bias ? get(bias, low) : each(0.0f), a[r][1] = bias ? get(bias + LANES, high) : each(0.0f);
+        if (add) a[r][0] += get(y + r * apart, low), a[r][1] += get(y + r * apart + LANES, high);
+    }
+    for (long start = 0; start < width; start += TERMS) {
+        vec part[ACROSS][2] = {0};
+        for (long i = start; i < least(start + TERMS, width); i++) {
+            vec some = all(w + i * PANEL), others = all(w + i * PANEL + LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                vec own = each(x[r * width + i]);
+                part[r][0] += own * some, part[r][1] += own * others;
+            }
+        }
+        for (int r = 0; r < rows; r++) a[r][0] += part[r][0], a[r][1] += part[r][1];
+    }
+    for (int r = 0; r < rows; r++) put(y + r * apart, low, a[r][0]), put(y + r * apart + LANES, high, a[r][1]);
+}
+
+static void linear_packed(const float *x, long rows, long width, const float *weight, const float *bias, long out, float *y,
+                          int add) {
+#pragma omp for schedule(static)
+    for (long p = 0; p < panels(out); p++) {
+        long o = p * PANEL, r = 0;
+        const float *w = weight + o * width, *b = bias ? bias + o : 0;
+#define ROWS_AT_ONCE(n)                                                                                                        \
+    for (; r + (n) <= rows; r += (n)) times_panel(x + r * width, width, w, n, b, out - o, out, y + r * out + o, add)
+        ROWS_AT_ONCE(ACROSS);
+        ROWS_AT_ONCE(4);
+        ROWS_AT_ONCE(2);
+        ROWS_AT_ONCE(1);
+    }
 }
 
 /* y = x W' + b, or y += it; `out` is a multiple of 4 if it is added. Called by all threads. */
@@ -207,20 +270,20 @@ static inline __attribute__((always_inline)) void read_heads(const float *q, con
     }
 }
 
-/* Write this step's keys and values into the cache, where the rows lie from number `begin` on, then attend. Called by all
- * threads. */
-static void attend(const Model *m, const Layer *l, const float *heads, long begin, long rows, const int64_t *places, float *p,
-                   float *mixed) {
+/* Write the keys and values of `rows` tokens into the cache, whose rows they stand in follow from `begin` on, or are `homes`;
+ * then attend, if it is asked for. Called by all threads. */
+static void attend(const Model *m, const Layer *l, const float *heads, long begin, const int64_t *homes, long rows,
+                   const int64_t *places, float *p, float *mixed) {
     long size = m->size, shared = m->queries / m->keys, of_row = (m->queries + 2 * m->keys) * size, apart = m->room + 4;
 #pragma omp for schedule(static)
     for (long n = 0; n < rows * m->keys; n++) {
-        long row = n / m->keys, key = n % m->keys, at = places[row];
+        long row = n / m->keys, key = n % m->keys, at = places[row], home = homes ? homes[row] : begin + row;
         const float *x = heads + row * of_row, *c = m->cos + at * size, *s = m->sin + at * size;
-        float *k = l->cache + ((begin + row) * 2 * m->keys + key) * m->room * size, *v = k + m->keys * m->room * size;
+        float *k = l->cache + (home * 2 * m->keys + key) * m->room * size, *v = k + m->keys * m->room * size;
         float *q = p + ROWS * apart, *then = key + 1 < m->keys ? k + m->room * size : v + m->room * size;
         turn(x + (m->queries + key) * size, l->key_norm, c, s, size, m->eps, k + at * size);
         memcpy(v + at * size, x + (m->queries + m->keys + key) * size, (size_t)size * sizeof *v);
-        for (long h = key * shared, end = h + shared; h < end;) {
+        for (long h = key * shared, end = mixed ? h + shared : 0; h < end;) {
             int some = (int)least(end - h, ROWS);
             float *y = mixed + (row * m->queries + h) * size;
             for (long r = 0; r < some; r++) turn(x + (h + r) * size, l->query_norm, c, s, size, m->eps, q + r * size);
@@ -258,51 +321,76 @@ static long numbers(const Model *m) {
 
 int64_t opd_room(const Model *m, long rows) { return rows * numbers(m); }
 
-/* The step of `rows` rows from number `begin` on, of which ids, places, room and logits are the own. */
-static void step(const Model *m, const int64_t *ids, const int64_t *places, long begin, long rows, float *room, float *logits,
-                 int threads) {
+/* The step of `rows` tokens, of which ids, places, room and logits are the own; where they stand `attend` says. Without logits
+ * nothing is computed behind the last layer's keys and values. */
+static void step(const Model *m, const int64_t *ids, const int64_t *places, long begin, const int64_t *homes, long rows,
+                 float *room, float *logits, int threads) {
     long width = m->width, inner = m->inner, of_heads = (m->queries + 2 * m->keys) * m->size, of_mixed = m->queries * m->size;
     float *x = room, *normal = x + rows * width, *heads = normal + rows * width, *mixed = heads + rows * of_heads;
     float *both = mixed + rows * of_mixed, *inside = both + rows * 2 * inner;
+    void (*product)(const float *, long, long, const float *, const float *, long, float *, int) =
+        m->packed ? linear_packed : linear;
 #pragma omp parallel num_threads(threads)
     {
         float *p = malloc((size_t)(ROWS * (m->room + 4 + m->size)) * sizeof *p);
 #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++) memcpy(x + r * width, m->embedding + ids[r] * width, (size_t)width * sizeof *x);
-        for (const Layer *l = m->layers; l < m->layers + m->count; l++) {
+        for (const Layer *l = m->layers, *last = l + m->count - 1; l <= last; l++) {
             norm_rows(x, l->before_attention, rows, width, m->eps, normal);
-            linear(normal, rows, width, l->qkv, l->qkv_bias, of_heads, heads, 0);
-            attend(m, l, heads, begin, rows, places, p, mixed);
-            linear(mixed, rows, of_mixed, l->out, l->out_bias, width, x, 1);
+            product(normal, rows, width, l->qkv, l->qkv_bias, of_heads, heads, 0);
+            attend(m, l, heads, begin, homes, rows, places, p, l < last || logits ? mixed : 0);
+            if (l == last && !logits) break;
+            product(mixed, rows, of_mixed, l->out, l->out_bias, width, x, 1);
             norm_rows(x, l->before_mlp, rows, width, m->eps, normal);
-            linear(normal, rows, width, l->gate_up, l->gate_up_bias, 2 * inner, both, 0);
+            product(normal, rows, width, l->gate_up, l->gate_up_bias, 2 * inner, both, 0);
 #pragma omp for schedule(static)
             for (long r = 0; r < rows; r++)
                 gate_row(both + r * 2 * inner, both + (r * 2 + 1) * inner, inner, inside + r * inner);
-            linear(inside, rows, inner, l->down, l->down_bias, width, x, 1);
+            product(inside, rows, inner, l->down, l->down_bias, width, x, 1);
         }
-        norm_rows(x, m->norm, rows, width, m->eps, normal);
-        linear(normal, rows, width, m->head, m->head_bias, m->vocab, logits, 0);
+        if (logits) {
+            norm_rows(x, m->norm, rows, width, m->eps, normal);
+            product(normal, rows, width, m->head, m->head_bias, m->vocab, logits, 0);
+        }
         free(p);
     }
 }
 
-#define ENOUGH 16     /* rows of a thread that are worth reading all weights, */
-#define SMALL 4000000 /* if these are not more: they stay in its second cache or near it */
+#define ENOUGH 16 /* rows of a thread that are worth reading all weights, if these are packed */
 
 /* logits (rows, vocab) of the tokens behind ids (rows,), which stand at places (rows,) and join the cache. With few rows the
  * threads share the weights, and wait for each other behind every product; with many, and a small model, each takes some of the
  * rows. */
 void opd_step(const Model *m, const int64_t *ids, const int64_t *places, long rows, float *room, float *logits, int threads) {
-    long of_layer = m->width * (2 * m->queries * m->size + 2 * m->keys * m->size + 3 * m->inner);
-    if (threads == 1 || rows < ENOUGH * threads || m->count * of_layer + m->vocab * m->width > SMALL) {
-        step(m, ids, places, 0, rows, room, logits, threads);
+    if (threads == 1 || rows < ENOUGH * threads || !m->packed) {
+        step(m, ids, places, 0, 0, rows, room, logits, threads);
         return;
     }
-    long groups = (rows + ROWS - 1) / ROWS;
+    long groups = (rows + ACROSS - 1) / ACROSS;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long t = 0; t < threads; t++) { /* what is parallel inside is done by one thread */
-        long from = groups * t / threads * ROWS, to = least(groups * (t + 1) / threads * ROWS, rows);
-        step(m, ids + from, places + from, from, to - from, room + from * numbers(m), logits + from * m->vocab, 1);
+        long from = groups * t / threads * ACROSS, to = least(groups * (t + 1) / threads * ACROSS, rows);
+        step(m, ids + from, places + from, from, 0, to - from, room + from * numbers(m), logits + from * m->vocab, 1);
+    }
+}
+
+#define TOKENS 96 /* that a thread reads together: their numbers stay in its cache */
+
+/* Read prompts, one after another in ids, places and homes (tokens,); prompt n is tokens starts[n] to starts[n + 1]. */
+void opd_read(const Model *m, const int64_t *ids, const int64_t *places, const int64_t *homes, const int64_t *starts,
+              long prompts, int threads) {
+    long longest = 1;
+    for (long n = 0; n < prompts; n++)
+        if (starts[n + 1] - starts[n] > longest) longest = starts[n + 1] - starts[n];
+    long together = longest < TOKENS ? TOKENS / longest : 1;
+#pragma omp parallel num_threads(threads)
+    {
+        float *room = malloc((size_t)(together * longest * numbers(m)) * sizeof *room);
+#pragma omp for schedule(dynamic)
+        for (long n = 0; n < prompts; n += together) {
+            long from = starts[n], count = starts[least(n + together, prompts)] - from;
+            step(m, ids + from, places + from, 0, homes + from, count, room, 0, 1);
+        }
+        free(room);
     }
 }

@@ -9,8 +9,8 @@ import torch
 
 from opd_lightning.models import Vocabulary
 from opd_lightning.models.lora import base_of
-from opd_lightning.samplers import NativeSampler, engines
-from opd_lightning.samplers.decoder import Decoder
+from opd_lightning.samplers import NativeSampler, engines, stepped
+from opd_lightning.samplers.decoder import Decoder, Weights
 from opd_lightning.samplers.stepped import StepDecoder, computes, library
 from tests.samplers import test_decoder
 from tests.samplers.test_compiled import (
@@ -38,6 +38,13 @@ MODELS = test_decoder.known(
 builds = pytest.mark.skipif(library() is None, reason="no processor or no compiler for it")
 
 
+@pytest.fixture(params=["packed", "as they lie"])
+def weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How they are kept: these models are small enough for packing."""
+    if request.param != "packed":
+        monkeypatch.setattr(stepped, "SMALL", 0)
+
+
 def made(name: str, adapter: bool = False) -> Any:
     return (test_decoder.adapted if adapter else test_decoder.made)(MODELS[name])
 
@@ -52,7 +59,7 @@ def made(name: str, adapter: bool = False) -> Any:
         ("biased", 9, True),
     ],
 )
-@pytest.mark.usefixtures("vectors")
+@pytest.mark.usefixtures("vectors", "weights")
 def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapter: bool) -> None:
     """Rows of unequal length that come and go; biases, head norms, adapters, sizes that fill no vector."""
     model = made(name, adapter)
@@ -61,12 +68,12 @@ def test_as_near_to_exact_as_the_decoder_in_pytorch(name: str, rows: int, adapte
     exact = exactly(model, rows)
     by_torch, ours = (written(decoders(model, kind, rows, torch.float32), rows) for kind in (Decoder, StepDecoder))
     error, theirs = ((x - exact).square().mean().sqrt() for x in (ours, by_torch))
-    assert 0 < error <= 1.3 * theirs
+    assert 0 < error <= 1.5 * theirs  # of few numbers, where rows are few
     assert (ours - exact).abs().max() <= 2.0 * (by_torch - exact).abs().max()
 
 
 @builds
-@pytest.mark.usefixtures("vectors")
+@pytest.mark.usefixtures("vectors", "weights")
 def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
     assert_rows_do_not_depend_on_their_batch(made("qwen3"), StepDecoder, vocabulary)
 
@@ -88,7 +95,7 @@ def test_it_is_proven_however_a_run_multiplies_float32(vocabulary: Vocabulary, m
 
 
 @builds
-@pytest.mark.usefixtures("vectors")
+@pytest.mark.usefixtures("vectors", "weights")
 def test_threads_share_weights_or_rows_to_the_same_bits() -> None:
     """With many rows of a small model each thread takes some of them."""
     model, before, found = made("biased"), torch.get_num_threads(), []
@@ -99,6 +106,28 @@ def test_threads_share_weights_or_rows_to_the_same_bits() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@builds
+@pytest.mark.usefixtures("vectors")
+@pytest.mark.parametrize("longest", [4, 30, stepped.SHORT, stepped.SHORT + 1])
+def test_prompts_are_read_as_by_pytorch(longest: int) -> None:
+    """Of one token and of many, some of them alike; several read together, one by one, and by PyTorch if they are long."""
+    model = base_of(made("qwen3"))
+    kept = Weights(model, torch.float32, packs=False)
+    kept.load(model, 77)
+    ids = torch.randint(3, 77, (9, longest + 1), generator=torch.Generator().manual_seed(longest)).tolist()
+    prompts = [tuple(row[: 1 + max(0, longest - i)]) for i, row in enumerate(ids)]
+    prompts[2:4] = prompts[1], prompts[1]
+    caches = []
+    for kind in (Decoder, StepDecoder):
+        decoder = kind(model, kept, 12, longest, longest + 4)
+        decoder.admit(prompts)
+        decoder.admit(prompts[:3])
+        caches.append([torch.cat([c[i, :, :n].flatten() for i, n in enumerate(decoder.lengths)]) for c in decoder.cached])
+    for theirs, ours in zip(*caches, strict=True):
+        assert theirs.norm() > 1.0
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
 @builds
