@@ -30,5 +30,5 @@ def run_seed(given: int | None) -> int:
 
 def uniforms(seeds: list[int], count: int) -> Tensor:
     """(len(seeds), count) uniform numbers in [0, 1), one stream a seed."""
-    rows = [torch.rand(count, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(rows) if rows else torch.empty(0, count)
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(s), dtype=torch.float32) for s in seeds]
+    return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.float32)

@@ -17,16 +17,22 @@ from opd_lightning import parallel
 
 
 def clip(module: Any, optimizer: Optimizer, most: float | None, algorithm: Any) -> None:
-    """Scale a step's gradient down to a norm of at most ``most``, as `torch.nn.utils.clip_grad_norm_` does. The module knows
-    the norm, which is not measured again, and a gradient that is short enough is not touched. By value, and where gradients
-    carry a scaler's factor, Lightning clips.
+    """Scale a step's gradient down to a norm of at most ``most``, as `torch.nn.utils.clip_grad_norm_` does. The norm that
+    `TrainMonitor` has measured is not measured again, and a gradient that is short enough is not touched. Lightning clips where
+    gradients carry a scaler's factor alone: it refuses fused optimizers in every mixed precision.
     """
-    norm, scaler = module.gradient_norm, getattr(module.trainer.precision_plugin, "scaler", None)
-    if norm is None or scaler is not None or algorithm not in (None, "norm"):
+    if not most:
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
         module.clip_gradients(optimizer, most, algorithm)
-    elif most and norm > most:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, most / (norm + 1e-6))
+    elif algorithm == "value":
+        torch.nn.utils.clip_grad_value_(weights, most)
+    else:
+        sharded = module if parallel.is_sharded(module.trainer.strategy) else None
+        norm = parallel.gradient_norm(optimizer, sharded) if module.gradient_norm is None else module.gradient_norm
+        if norm > most:
+            torch._foreach_mul_([p.grad for p in weights], most / (norm + 1e-6))
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -115,7 +115,8 @@ static inline vec moved(vec y, int places, vec x, int by) {
 }
 #endif
 
-/* e^x for x at most 88, by 2^n and a polynomial: relative error below 3e-7. What is not a number stays so. */
+/* e^x for x from -1e5 to 88, by 2^n and a polynomial: relative error below 3e-7 where it is a normal number, small below. What is
+ * not a number stays so. */
 static inline vec exp_below(vec x) {
 #if LANES == 8
     x = larger(each(-87.0f), x);

@@ -20,7 +20,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 def fuse(base: Any) -> None:
     """Let the layers of a Llama-like model compute norms, gates and rotary positions in one pass each where that is possible:
-    in bfloat16 and float32 on a CPU. In other precisions they do what transformers wrote.
+    in bfloat16 and float32 on a CPU. In other precisions, and where inputs have several, they do what transformers wrote.
     """
     config = base.config
     if config.model_type not in LLAMA_LIKE or config.hidden_act not in ("silu", "swish") or pointwise.library() is None:

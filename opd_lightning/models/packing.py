@@ -21,8 +21,8 @@ from opd_lightning.ops.packed import Segments, Span
 from opd_lightning.types import Rendering
 
 WORTH_SHARING = 32
-"""Tokens that a shared beginning must save. Every segment costs an attention call a layer; on two CPU cores that is the time of
-about ten tokens in a layer of 576 units, and less in wider ones."""
+"""Tokens that a shared beginning must save. Where PyTorch attends, every segment costs a call a layer; on two CPU cores that is
+the time of about ten tokens in a layer of 576 units, and less in wider ones."""
 
 FULL_ENOUGH = 0.75
 """On a GPU and in bfloat16, segments attend in one call, padded to the longest of them, if none is shorter than this share of

@@ -125,7 +125,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
         query, key, value = (x.contiguous() for x in (query, key, value))
-        out, sizes = torch.empty_like(query), torch.empty(*query.shape[:2], 2)
+        out, sizes = torch.empty_like(query), torch.empty(*query.shape[:2], 2, dtype=torch.float32)
         out[segments.tokens :] = 0
         ctx.save_for_backward(query, key, value, out, sizes)
         ctx.segments, ctx.scale = segments, scale

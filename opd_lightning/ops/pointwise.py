@@ -83,7 +83,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         count, width = x.numel() // x.shape[-1], x.shape[-1]
-        y, scales = torch.empty_like(x), torch.empty(count)
+        y, scales = torch.empty_like(x), torch.empty(count, dtype=torch.float32)
         _call("opd_norm", x, weight, count, width, eps, x.dtype == torch.bfloat16, y, scales)
         ctx.save_for_backward(x, weight, scales)
         return y
@@ -94,7 +94,8 @@ class _Norm(torch.autograd.Function):
         x, weight, scales = ctx.saved_tensors
         gradient, of_x = gradient.contiguous(), torch.empty_like(x)
         width, half = x.shape[-1], x.dtype == torch.bfloat16
-        sums = torch.zeros(torch.get_num_threads(), width) if ctx.needs_input_grad[1] else None
+        shape = torch.get_num_threads(), width
+        sums = torch.zeros(shape, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         _call("opd_norm_back", x, weight, scales, gradient, len(scales), width, half, of_x, sums)
         return of_x, None if sums is None else sums.sum(0).to(weight.dtype), None
 

@@ -1,5 +1,5 @@
 /* The reverse KL of two models' logits, in float32 or bfloat16 (`half`), with the gradient of the student's logits and what is
- * measured of both laws. What PyTorch does in twenty passes over blocks of float32 numbers are three here, over rows that stay in
+ * measured of both laws. What PyTorch does in twenty passes over blocks of float32 numbers are a few here, over rows that stay in
  * a core's cache. Built by compiling.py with the machine's C compiler, when it is needed.
  *
  * Each row is computed by itself, whatever other rows there are, in one order of summation.

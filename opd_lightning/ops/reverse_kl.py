@@ -81,7 +81,7 @@ def compared(
     if any(x.dtype != kind or not x.is_cpu or x.stride(-1) != 1 for x in laws) or (found := library()) is None:
         return None
     rows, size = student.shape
-    gradient, out = student.new_empty(rows, size) if room is None else room, torch.empty(5, rows)
+    gradient, out = student.new_empty(rows, size) if room is None else room, torch.empty(5, rows, dtype=torch.float32)
     tokens, factors = tokens.contiguous(), factors.float().contiguous()
     places = (x.data_ptr() for x in (student, teacher, tokens, factors, gradient, out))
     given = _Laws(*places, *(x.stride(0) for x in (*laws, gradient)), rows, size, 1.0 / temperature)

@@ -45,10 +45,11 @@ class Draws(ctypes.Structure):
 
         Args:
             logits: (rows, V), float32 or bfloat16.
-            uniforms: (rows, steps) in [0, 1), float32 and close-packed.
+            uniforms: (rows, steps) in [0, 1).
             temperature: above 0.
         """
-        tokens, logprobs = torch.empty(uniforms.shape, dtype=torch.long), torch.empty(uniforms.shape)
+        uniforms = uniforms.float().contiguous()
+        tokens, logprobs = (torch.empty(uniforms.shape, dtype=kind) for kind in (torch.long, torch.float32))
         held = logits, uniforms, tokens, logprobs
         sizes = logits.stride(0), logits.shape[1], uniforms.shape[1], logits.dtype == torch.bfloat16
         made = cls(*(x.data_ptr() for x in held), *sizes, 1.0 / temperature)
@@ -113,7 +114,7 @@ class Law:
             uniform: (rows,) in [0, 1).
         """
         if self.is_drawn_by_function(logits):
-            draws, tokens, logprobs = Draws.of(logits, uniform.float()[:, None].contiguous(), self.temperature)
+            draws, tokens, logprobs = Draws.of(logits, uniform[:, None], self.temperature)
             _functions().opd_draw(draws, 0, len(logits), torch.get_num_threads())
             return tokens[:, 0], logprobs[:, 0]
         at_once = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)

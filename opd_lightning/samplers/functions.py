@@ -15,8 +15,8 @@ from opd_lightning.samplers.drawing import Draws, Law
 
 
 class FunctionDecoder(Decoder):
-    """A decoder whose step is one call of ``opd_step``. Prompts are read by PyTorch, which is as fast with many tokens of
-    a large model.
+    """A decoder whose step is one call of ``opd_step``. Prompts are read by PyTorch, which is as fast with many tokens, but
+    for the short ones of small models.
 
     A class behind it describes the model and makes room for its steps.
     """
@@ -68,7 +68,7 @@ class FunctionDecoder(Decoder):
         if not law.is_drawn_by_function(logits):
             return super().run(ids, law, uniforms, ends)
         writes: Any = drawing.library()
-        draws, tokens, logprobs = Draws.of(logits, uniforms[:, : self.room - longest].contiguous(), law.temperature)
+        draws, tokens, logprobs = Draws.of(logits, uniforms[:, : self.room - longest], law.temperature)
         ids, places = ids.clone(), self.places.clone()
         step = ctypes.cast(self.c.opd_step, ctypes.c_void_p)
         taken = writes.opd_write(

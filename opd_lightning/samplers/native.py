@@ -168,7 +168,7 @@ class NativeSampler(Configurable):
                 if on_progress:
                     on_progress(len(prompts) - len(waiting) - len(rows))
         tokens = torch.full(randoms.shape, vocabulary.pad_id, device=device)
-        logprobs = torch.zeros(randoms.shape, device=device)
+        logprobs = torch.zeros(randoms.shape, dtype=torch.float32, device=device)
         row, place, token, logprob = (torch.cat(column) for column in zip(*steps, strict=True))
         tokens[row, place], logprobs[row, place] = token, logprob
         return tokens, logprobs, lengths, closed

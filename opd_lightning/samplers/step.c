@@ -1,8 +1,9 @@
 /* One decoding step in float32: a token a row goes in, its logits come out, in one call. Few rows meet many weights, so weights
- * are read once, in order, by all cores, and nothing is done between two products but what belongs there.
+ * are read once, in order, by all cores, and nothing is done between two products but what belongs there. Those of small models
+ * may be packed: then many rows are shared out among the threads, and short prompts are read here, too.
  *
- * Plain C, built by compiling.py with the machine's C compiler when it is needed; `omp simd` loops become vector instructions
- * of the width that the flags allow. Each row is computed by itself, whatever other rows there are, in one order of summation.
+ * Built by compiling.py with the machine's C compiler, when it is needed. Each row is computed by itself, whatever other rows
+ * there are, in one order of summation.
  */
 #include <stdlib.h>
 

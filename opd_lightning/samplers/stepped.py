@@ -25,11 +25,11 @@ from opd_lightning.samplers.linear import Linear
 SOURCE = Path(__file__).with_name("step.c")
 
 SMALL = 4_000_000
-"""Weights up to which they are packed at every refresh: they stay in a core's second cache or near it, so that a step waits
-for what is done with them and not for them."""
+"""Weights up to which they are packed at every refresh: they stay in caches, so that a step waits for what is done with them
+and not for them."""
 
 SHORT = 128
-"""Tokens up to which prompts of such a model are read by the function, one query of attention at a time."""
+"""Tokens up to which a prompt of such a model is read by the function, one query of attention at a time."""
 
 
 PRODUCTS = ("qkv", "out", "gate_up", "down")
@@ -112,19 +112,25 @@ class StepDecoder(FunctionDecoder):
             *(len(self.layers), self.width, self.inner, self.queries, self.keys, self.size, self.vocab, 0),
             *(bool(self.packed), float(weights.norm.eps), self.scale),
         )
-        self.numbers = torch.empty(found.opd_room(self.model, rows))
+        self.numbers = torch.empty(found.opd_room(self.model, rows), dtype=torch.float32)
         self.space = at(self.numbers)
         self._point()
 
     def _packed(self, weight: Tensor) -> Tensor:
-        packed = torch.empty(self.c.opd_packed(*weight.shape))
+        packed = torch.empty(self.c.opd_packed(*weight.shape), dtype=torch.float32)
         self.c.opd_pack(at(weight), *weight.shape, at(packed))
         return packed
 
     def _read(self, waiting: list[tuple[tuple[int, ...], int, int]]) -> None:
+        most = SHORT if self.packed else 0
+        short, long = ([given for given in waiting if (len(given[0]) <= most) is fits] for fits in (True, False))
+        if long:
+            super()._read(long)
+        if short:
+            self._read_short(short)
+
+    def _read_short(self, waiting: list[tuple[tuple[int, ...], int, int]]) -> None:
         lengths = [len(prompt) - 1 for prompt, _, _ in waiting]
-        if not self.packed or max(lengths) > SHORT:
-            return super()._read(waiting)
         ids = [token for prompt, _, _ in waiting for token in prompt[:-1]]
         places = [place for length in lengths for place in range(length)]
         homes = [row for length, (_, row, _) in zip(lengths, waiting, strict=True) for _ in range(length)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,9 +117,13 @@ def vocabulary(pair: tuple[Path, Path]) -> Vocabulary:
     return replace(Vocabulary.of(Student(str(pair[0])).tokenizer()), size=77, eos_ids=(2,))
 
 
-def assert_rows_do_not_depend_on_their_batch(model: Any, kind: type[Decoder], vocabulary: Vocabulary) -> None:
-    """To the bit, behind prompts of one token (others are read by PyTorch), beyond the first cache."""
-    prompts = [(3 + i,) for i in range(20)]
+ONE_TOKEN = [(3 + i,) for i in range(20)]
+
+
+def assert_rows_do_not_depend_on_their_batch(
+    model: Any, kind: type[Decoder], vocabulary: Vocabulary, prompts: Sequence[tuple[int, ...]] = ONE_TOKEN
+) -> None:
+    """To the bit, beyond the first cache; behind prompts of one token, which nobody reads, or given ones."""
     assert isinstance(engine_for(model, "auto", vocabulary, prompts, 4, 4), kind)
     assert type(engine_for(model, "torch", vocabulary, prompts, 4, 4)) is Decoder
     once, again = (

@@ -79,6 +79,27 @@ def test_a_row_does_not_depend_on_its_batch(vocabulary: Vocabulary) -> None:
 
 
 @builds
+@pytest.mark.usefixtures("vectors")
+def test_nor_behind_short_prompts(vocabulary: Vocabulary) -> None:
+    """One of the others is read by PyTorch."""
+    prompts = [tuple(range(3 + i, 4 + i + 2 * i)) for i in range(19)] + [(5,) * (stepped.SHORT + 1)]
+    assert_rows_do_not_depend_on_their_batch(made("qwen3"), StepDecoder, vocabulary, prompts)
+
+
+@builds
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_what_other_numbers_are_made_of_does_not_matter(vocabulary: Vocabulary, kind: torch.dtype) -> None:
+    """Lightning's precisions change what PyTorch makes by default, in which the functions would read and write amiss."""
+    model, prompts = made("llama"), [(5, 6, 7)] * 3
+    usual, other = [], []
+    for found in (usual, other):
+        found += NativeSampler(max_new_tokens=8).write(model, prompts, [1, 2, 3], vocabulary, 0)
+        torch.set_default_dtype(kind)
+    torch.set_default_dtype(torch.float32)
+    assert usual == other
+
+
+@builds
 def test_it_is_proven_however_a_run_multiplies_float32(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     """On processors with tiles `medium` rounds the model's own products to bfloat16: what does not would fail."""
     seen: list[str] = []
@@ -110,7 +131,7 @@ def test_threads_share_weights_or_rows_to_the_same_bits() -> None:
 
 @builds
 @pytest.mark.usefixtures("vectors")
-@pytest.mark.parametrize("longest", [4, 30, stepped.SHORT, stepped.SHORT + 1])
+@pytest.mark.parametrize("longest", [4, 30, stepped.SHORT - 1, stepped.SHORT + 2])
 def test_prompts_are_read_as_by_pytorch(longest: int) -> None:
     """Of one token and of many, some of them alike; several read together, one by one, and by PyTorch if they are long."""
     model = base_of(made("qwen3"))
