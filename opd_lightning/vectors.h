@@ -28,6 +28,7 @@ static inline vec least_where(vec x, mask some) { return _mm512_mask_mov_ps(each
 static inline vec zero_below(vec x, vec y, float limit) {
     return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(x, each(limit), _CMP_LT_OQ), _mm512_setzero_ps());
 }
+static inline vec where_larger(vec x, vec y, vec z) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), z); }
 static inline vec widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 static inline __m256i narrowed(vec y) {
 #ifdef __AVX512BF16__
@@ -72,6 +73,7 @@ static inline vec least_where(vec x, mask some) { return _mm256_blendv_ps(each(-
 static inline vec zero_below(vec x, vec y, float limit) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, each(limit), _CMP_LT_OQ), y);
 }
+static inline vec where_larger(vec x, vec y, vec z) { return _mm256_and_ps(_mm256_cmp_ps(x, y, _CMP_GT_OQ), z); }
 static inline vec widened(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 static inline __m128i narrowed(vec y) {
     __m256i bits = _mm256_castps_si256(y), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from opd_lightning.objectives.divergences import ReverseKL
 from opd_lightning.objectives.supports import TopK
-from opd_lightning.ops.agreement import agreement
+from opd_lightning.ops.agreement import Agreement, Tops
 from opd_lightning.ops.estimators import k1, k3
-from opd_lightning.ops.reach import reach
+from opd_lightning.ops.reach import Reach, reach
+from opd_lightning.ops.reverse_kl import Compared
 
 
 def statistics(
@@ -36,17 +37,34 @@ def statistics(
         exact = torch.linalg.vecdot(student_probs, student - teacher) if reverse_kl is None else reverse_kl
         out["reverse_kl"] = exact
     if 0 < agreement_k <= (known or agreement_k):
-        found = agreement(student, teacher, agreement_k)
-        out |= {"overlap": found.overlap, "overlap_advantage": found.advantage}
-        out |= {"student_overlap_mass": found.student_mass, "teacher_overlap_mass": found.teacher_mass}
-        out |= {"student_top_mass": found.student_top_mass, "teacher_top_mass": found.teacher_top_mass}
+        out |= _of_tops(Tops.of(student, teacher, agreement_k).agreement())
         if known is None:
-            wanted = reach(student, teacher, student_probs, teacher_probs, tokens)
-            out |= {"student_reach": wanted.student, "teacher_reach": wanted.teacher, "leak": wanted.leak}
+            out |= _of_reach(reach(student, teacher, student_probs, teacher_probs, tokens))
     out["student_entropy"] = student_probs.mul_(student).sum(-1).neg_()
     if known is None:
         out["teacher_entropy"] = teacher_probs.mul_(teacher).sum(-1).neg_()
     return out
+
+
+def of_compared(found: Compared, tops: Tops | None, temperature: float) -> dict[str, Tensor]:
+    """`statistics` of laws that a C function has compared, with their likeliest tokens' logits if agreement is measured."""
+    out = {"reverse_kl": found.value, "student_entropy": found.student_entropy, "teacher_entropy": found.teacher_entropy}
+    if tops is not None and found.more is not None:
+        tops = tops.normalized(temperature, found.more.normalizer, found.more.teacher_normalizer)
+        out |= _of_tops(tops.agreement()) | _of_reach(found.more.reach)
+    return out
+
+
+def _of_tops(found: Agreement) -> dict[str, Tensor]:
+    return {
+        **{"overlap": found.overlap, "overlap_advantage": found.advantage},
+        **{"student_overlap_mass": found.student_mass, "teacher_overlap_mass": found.teacher_mass},
+        **{"student_top_mass": found.student_top_mass, "teacher_top_mass": found.teacher_top_mass},
+    }
+
+
+def _of_reach(found: Reach) -> dict[str, Tensor]:
+    return {"student_reach": found.student, "teacher_reach": found.teacher, "leak": found.leak}
 
 
 def of_drawn(student: Float[Tensor, " n"], teacher: Float[Tensor, " n"]) -> dict[str, Tensor]:

@@ -14,15 +14,16 @@ from opd_lightning.objectives.baselines import Baseline
 from opd_lightning.objectives.credits import Credit
 from opd_lightning.objectives.divergences import Divergence, ReverseKL
 from opd_lightning.objectives.gates import Gate
-from opd_lightning.objectives.measurements import of_drawn, statistics
+from opd_lightning.objectives.measurements import of_compared, of_drawn, statistics
 from opd_lightning.objectives.routes import Route, Vanilla
 from opd_lightning.objectives.shapers import Shaper
 from opd_lightning.objectives.supports import FullVocab, Scores, Support, World
 from opd_lightning.objectives.targets import Target, TeacherLaw
 from opd_lightning.ops import logprobs as lp
+from opd_lightning.ops.agreement import Tops
 from opd_lightning.ops.fused import Scored, score_rows
 from opd_lightning.ops.heads import Head
-from opd_lightning.ops.reverse_kl import Compared, compared
+from opd_lightning.ops.reverse_kl import compared, computes
 from opd_lightning.types import TOP, TokenLaws, Watch
 
 
@@ -247,11 +248,12 @@ class ObjectiveRows:
         if type(objective.support) is not FullVocab or type(objective.target) is not TeacherLaw:
             return None
         tokens = self.tokens[start:stop]
-        if type(objective.divergence) is ReverseKL and not self.agreement_k and self.known is None:
-            self._watch(logits, others, start)
-            found = compared(logits, others[0], tokens, factors[0], objective.temperature, logits)
-            if found is not None:
-                return Scored([found.value], _measured(found), found.gradient)
+        self._watch(logits, others, start)
+        if type(objective.divergence) is ReverseKL and self.known is None and computes(logits, others[0]):
+            tops = Tops.of(logits, others[0], self.agreement_k) if self.agreement_k else None  # the gradient takes their place
+            found = compared(logits, others[0], tokens, factors[0], objective.temperature, logits, tops is not None)
+            drawn: dict[Hashable, Tensor] = {(0, "logprob"): found.logprob, (0, "_teacher_logprob"): found.teacher_logprob}
+            return Scored([found.value], drawn | of_compared(found, tops, objective.temperature), found.gradient)
         student = lp.log_softmax(logits, objective.temperature)
         teacher = _fixed(others[0], objective, student.dtype)
         probs = student.exp(), teacher.exp()
@@ -264,7 +266,6 @@ class ObjectiveRows:
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
         measured[0, "_teacher_logprob"] = lp.gather(teacher, tokens)
         measured.update(statistics(student, teacher, *probs, tokens, self.agreement_k, exact, self.known))
-        self._watch(logits, others, start)
         return Scored([value], measured, gradient)
 
     @torch.no_grad()
@@ -369,13 +370,6 @@ def _signals(objective: Axes, scores: Scores, world: World) -> dict[str, Tensor]
     if objective.credit.analytic:
         out["state_cost"] = _state_cost(objective, scores, student, aim)
     return out
-
-
-def _measured(found: Compared) -> dict[Hashable, Tensor]:
-    """What `statistics` and the drawn token's log-probabilities are called in a block."""
-    drawn: dict[Hashable, Tensor] = {(0, "logprob"): found.logprob, (0, "_teacher_logprob"): found.teacher_logprob}
-    entropies = {"student_entropy": found.student_entropy, "teacher_entropy": found.teacher_entropy}
-    return drawn | {"reverse_kl": found.value} | entropies
 
 
 def _of_exact_sum(objective: Axes, value: Tensor) -> dict[Hashable, Tensor]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from opd_lightning.ops.logprobs import membership, top_k
+from opd_lightning.ops.logprobs import floor_of, membership, top_k
 
 
 class Agreement(NamedTuple):
@@ -44,22 +44,54 @@ def agreement(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], k: i
     >>> agreement(laws, laws, k=2).overlap.item()
     1.0
     """
-    vocab = student.shape[-1]
-    k = min(k, vocab)
-    (ours, ids), (theirs, their_ids) = top_k(student, k), top_k(teacher, k)
-    shared = membership(ids, their_ids, vocab)
-    size = shared.sum(-1)
-    floor = torch.finfo(student.dtype).min
-    s = ours.masked_fill(~shared, floor)
-    t = teacher.gather(-1, ids).masked_fill(~shared, floor)
-    log_p = s - s.logsumexp(-1, keepdim=True)
-    log_q = t - t.logsumexp(-1, keepdim=True)
-    terms = (log_p.exp() * (log_q - log_p)).where(shared, s.new_zeros(()))
-    return Agreement(
-        overlap=size.to(s.dtype) / k,
-        student_mass=s.exp().sum(-1),
-        teacher_mass=t.exp().sum(-1),
-        advantage=terms.sum(-1) / size.clamp(min=1),
-        student_top_mass=ours.exp().sum(-1),
-        teacher_top_mass=theirs.exp().sum(-1),
-    )
+    return Tops.of(student, teacher, k).agreement()
+
+
+class Tops(NamedTuple):
+    """The likeliest tokens of two laws, from logits or log-probabilities."""
+
+    ours: Float[Tensor, "N K"]
+    """The student's numbers at its likeliest tokens, largest first."""
+    ids: Int[Tensor, "N K"]
+    """Those tokens."""
+    crossed: Float[Tensor, "N K"]
+    """The teacher's numbers at them."""
+    theirs: Float[Tensor, "N K"]
+    """The teacher's numbers at its own."""
+    their_ids: Int[Tensor, "N K"]
+    """Those tokens."""
+    vocab: int
+
+    @classmethod
+    def of(cls, student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], k: int) -> Tops:
+        """Of each its k likeliest; more than V means V."""
+        vocab = student.shape[-1]
+        (ours, ids), (theirs, their_ids) = (top_k(law, min(k, vocab)) for law in (student, teacher))
+        return cls(ours, ids, teacher.gather(-1, ids), theirs, their_ids, vocab)
+
+    def normalized(self, temperature: float, normalizer: Float[Tensor, " N"], teacher_normalizer: Float[Tensor, " N"]) -> Tops:
+        """Log-probabilities from logits, in the normalizers' precision: ``logits / temperature - normalizer``."""
+
+        def law(logits: Tensor, less: Tensor) -> Tensor:
+            return (logits.to(less.dtype) / temperature - less[:, None]).clamp(floor_of(less.dtype), 0.0)
+
+        crossed, theirs = (law(x, teacher_normalizer) for x in (self.crossed, self.theirs))
+        return self._replace(ours=law(self.ours, normalizer), crossed=crossed, theirs=theirs)
+
+    def agreement(self) -> Agreement:
+        """Of log-probabilities."""
+        shared = membership(self.ids, self.their_ids, self.vocab)
+        size, k = shared.sum(-1), self.ids.shape[-1]
+        floor = torch.finfo(self.ours.dtype).min
+        s, t = (x.masked_fill(~shared, floor) for x in (self.ours, self.crossed))
+        log_p = s - s.logsumexp(-1, keepdim=True)
+        log_q = t - t.logsumexp(-1, keepdim=True)
+        terms = (log_p.exp() * (log_q - log_p)).where(shared, s.new_zeros(()))
+        return Agreement(
+            overlap=size.to(s.dtype) / k,
+            student_mass=s.exp().sum(-1),
+            teacher_mass=t.exp().sum(-1),
+            advantage=terms.sum(-1) / size.clamp(min=1),
+            student_top_mass=self.ours.exp().sum(-1),
+            teacher_top_mass=self.theirs.exp().sum(-1),
+        )

@@ -53,10 +53,20 @@ def reach(
     rows = max(1, CACHED // student.shape[-1]) if student.is_cpu else max(1, len(student))
     parts = zip(*(laws.split(rows) for laws in (student, teacher, student_probs, teacher_probs)), strict=True)
     ours, theirs, rejected = map(torch.cat, zip(*(_masses(*part) for part in parts), strict=True))
-    drawn = gather(student_probs, tokens)
-    leak = (rejected - drawn).clamp(min=0.0) / (1.0 - drawn).clamp(min=torch.finfo(drawn.dtype).eps)
-    suppressed = gather(teacher, tokens) < gather(student, tokens)
-    return Reach(ours, theirs, leak.clamp(max=1.0) * suppressed)
+    return Reach(ours, theirs, leak(rejected, gather(student, tokens), gather(teacher, tokens)))
+
+
+def leak(rejected: Float[Tensor, " N"], student: Float[Tensor, " N"], teacher: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The leak at drawn tokens, from the student's probability of what the teacher rejects.
+
+    Args:
+        rejected: that probability.
+        student: log-probabilities of the drawn tokens.
+        teacher: the same of the teacher.
+    """
+    drawn = student.exp()
+    share = (rejected - drawn).clamp(min=0.0) / (1.0 - drawn).clamp(min=torch.finfo(drawn.dtype).eps)
+    return share.clamp(max=1.0) * (teacher < student)
 
 
 def _masses(student: Tensor, teacher: Tensor, student_probs: Tensor, teacher_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 /* The reverse KL of two models' logits, in float32 or bfloat16 (`half`), with the gradient of the student's logits and what is
- * measured of both laws. What PyTorch does in twenty passes over blocks of float32 numbers are a few here, over rows that stay in
- * a core's cache. Built by compiling.py with the machine's C compiler, when it is needed.
+ * measured of both laws. What PyTorch does in twenty passes over blocks of float32 numbers are a few here, over rows that
+ * stay in a core's cache. Built by compiling.py with the machine's C compiler, when it is needed.
  *
  * Each row is computed by itself, whatever other rows there are, in one order of summation.
  */
@@ -96,7 +96,7 @@ typedef struct {
     float scale;
 } Laws;
 
-INLINE void compare(const Laws *l, long row, const int half) {
+INLINE void compare(const Laws *l, long row, const int half, const int more) {
     long size = l->size, wide = half ? 2 : 4, i = 0;
     Row x = row_of((const char *)l->ours + row * l->our_step * wide, size, l->scale, half);
     Row y = row_of((const char *)l->theirs + row * l->their_step * wide, size, l->scale, half);
@@ -118,26 +118,47 @@ INLINE void compare(const Laws *l, long row, const int half) {
     out[3 * l->rows] = (float)(x_log - found[2] / found[0]);
     out[4 * l->rows] = (float)(y_log - found[3] / found[1]);
     vec middle = each(mean), weight = each((float)(l->factors[row] * l->scale / found[0]));
+    vec even = each(y_log - x_log);
+    double liked = 0.0, likes = 0.0, rejected = 0.0;
     char *gradient = (char *)l->gradient + row * l->step * wide;
-    EACH(size, {
-        mask here = whole_ ? first(LANES) : first(size - i);
-        vec s = shifted(x, i, size, floor_, half, whole_), t = shifted(y, i, size, y_floor, half, whole_);
-        vec v = exp_below(s) * weight * (s - t - gap - middle);
-        if (half)
-            put_halves((bf16 *)gradient + i, here, v);
-        else
-            put((float *)gradient + i, here, v);
-    })
+    for (long start = 0; start < size; start += CHUNK) {
+        vec a = each(0.0f), b = a, c = a;
+        EACH(least(start + CHUNK, size), {
+            mask here = whole_ ? first(LANES) : first(size - i);
+            vec s = shifted(x, i, size, floor_, half, whole_), t = shifted(y, i, size, y_floor, half, whole_);
+            vec p = exp_below(s), v = p * weight * (s - t - gap - middle);
+            if (more) { /* behind the last entry both are at the floor: nothing to speak of */
+                vec above = t - s;
+                a += where_larger(above, even, p), b += where_larger(above, even, exp_below(t));
+                c += where_larger(even, above, p);
+            }
+            if (half)
+                put_halves((bf16 *)gradient + i, here, v);
+            else
+                put((float *)gradient + i, here, v);
+        })
+        if (more) liked += total(a), likes += total(b), rejected += total(c);
+    }
+    if (!more) return;
+    out[5 * l->rows] = (float)(liked / found[0]);
+    out[6 * l->rows] = (float)(likes / found[1]);
+    out[7 * l->rows] = (float)(rejected / found[0]);
+    out[8 * l->rows] = total(only(x.top * x.scale, first(1))) + x_log;
+    out[9 * l->rows] = total(only(y.top * y.scale, first(1))) + y_log;
 }
 
 /* Gradients are of `factors * value`; they may take the place of the student's logits. Steps are from row to row. `out` takes,
- * for all rows each: the value, the tokens' log-probabilities under student and teacher, and the entropies of both. */
-void opd_reverse_kl(const Laws *l, int half, int threads) {
+ * for all rows each: the value, the tokens' log-probabilities under student and teacher, and the entropies of both; if there
+ * shall be `more`, also the probability of what the teacher likes more under student and teacher, that of what it likes less
+ * under the student, and what logits / temperature of both exceed log-probabilities by. */
+void opd_reverse_kl(const Laws *l, int half, int more, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long row = 0; row < l->rows; row++) {
-        if (half)
-            compare(l, row, 1);
-        else
-            compare(l, row, 0);
+        switch (2 * !!half + !!more) {
+        case 0: compare(l, row, 0, 0); break;
+        case 1: compare(l, row, 0, 1); break;
+        case 2: compare(l, row, 1, 0); break;
+        case 3: compare(l, row, 1, 1); break;
+        }
     }
 }

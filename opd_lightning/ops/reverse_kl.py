@@ -17,8 +17,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd_lightning.compiling import INT, POINTER, built, vectors
+from opd_lightning.ops.reach import Reach, leak
 
 SOURCE = Path(__file__).with_name("reverse_kl.c")
+
+
+class Further(NamedTuple):
+    """What monitors ask of two laws besides, token by token."""
+
+    reach: Reach
+    normalizer: Float[Tensor, " n"]
+    """``logsumexp(logits / temperature)`` of the student."""
+    teacher_normalizer: Float[Tensor, " n"]
+    """The same of the teacher."""
 
 
 class Compared(NamedTuple):
@@ -33,6 +44,8 @@ class Compared(NamedTuple):
     teacher_entropy: Float[Tensor, " n"]
     gradient: Float[Tensor, "n V"]
     """Of ``sum(factors * value)`` with respect to the student's logits, in their precision."""
+    more: Further | None
+    """What was asked for besides."""
 
 
 class _Laws(ctypes.Structure):
@@ -50,8 +63,15 @@ def library() -> ctypes.CDLL | None:
     """The function, built at the first call on this machine; None where that cannot be done."""
     found = built(SOURCE, vectors())
     if found is not None:
-        found.opd_reverse_kl.argtypes, found.opd_reverse_kl.restype = [ctypes.POINTER(_Laws), INT, INT], None
+        found.opd_reverse_kl.argtypes, found.opd_reverse_kl.restype = [ctypes.POINTER(_Laws), INT, INT, INT], None
     return found
+
+
+def computes(student: Tensor, teacher: Tensor) -> bool:
+    """Whether the function takes such logits: both float32 or both bfloat16, on a CPU, of one shape and with whole rows."""
+    kind, fit = student.dtype, student.shape == teacher.shape
+    alike = fit and all(x.dtype == kind and x.is_cpu and x.stride(-1) == 1 for x in (student, teacher))
+    return alike and kind in (torch.float32, torch.bfloat16) and library() is not None
 
 
 def compared(
@@ -61,30 +81,33 @@ def compared(
     factors: Float[Tensor, " n"],
     temperature: float = 1.0,
     room: Float[Tensor, "n V"] | None = None,
-) -> Compared | None:
+    more: bool = False,
+) -> Compared:
     """The reverse KL of ``logits / temperature``, its gradient and what is measured of both laws; computed in float32.
 
     Args:
-        student: logits.
+        student: logits, of which `computes` is true, with the teacher's.
         teacher: logits.
         tokens: those that were drawn.
         factors: of the values' gradient.
         temperature: of both laws.
         room: takes the gradient; may be the student's logits themselves.
-
-    Returns:
-        None where the C function does not compute it: it takes float32 or bfloat16 logits on a CPU.
+        more: whether to sum up what monitors ask for, too.
     """
-    laws, kind = (student, teacher), student.dtype
-    if kind not in (torch.float32, torch.bfloat16) or student.shape != teacher.shape:
-        return None
-    if any(x.dtype != kind or not x.is_cpu or x.stride(-1) != 1 for x in laws) or (found := library()) is None:
-        return None
+    found, laws = library(), (student, teacher)
+    assert found is not None
     rows, size = student.shape
-    gradient, out = student.new_empty(rows, size) if room is None else room, torch.empty(5, rows, dtype=torch.float32)
+    gradient, out = (
+        student.new_empty(rows, size) if room is None else room,
+        torch.empty(10 if more else 5, rows, dtype=torch.float32),
+    )
     tokens, factors = tokens.contiguous(), factors.float().contiguous()
     places = (x.data_ptr() for x in (student, teacher, tokens, factors, gradient, out))
     given = _Laws(*places, *(x.stride(0) for x in (*laws, gradient)), rows, size, 1.0 / temperature)
-    found.opd_reverse_kl(given, kind == torch.bfloat16, torch.get_num_threads())
-    value, logprob, teacher_logprob, student_entropy, teacher_entropy = out
-    return Compared(value, logprob, teacher_logprob, student_entropy, teacher_entropy, gradient)
+    found.opd_reverse_kl(given, student.dtype == torch.bfloat16, more, torch.get_num_threads())
+    value, logprob, teacher_logprob, student_entropy, teacher_entropy, *rest = out
+    further = None
+    if rest:
+        liked, likes, rejected, *normalizers = rest
+        further = Further(Reach(liked, likes, leak(rejected, logprob, teacher_logprob)), *normalizers)
+    return Compared(value, logprob, teacher_logprob, student_entropy, teacher_entropy, gradient, further)

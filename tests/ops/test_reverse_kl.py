@@ -11,7 +11,8 @@ from torch import Tensor
 from opd_lightning.objectives import ForwardKL, GeneralizedJSD, Objective, ReverseKL
 from opd_lightning.objectives import rows as objective_rows
 from opd_lightning.ops import logprobs as lp
-from opd_lightning.ops.reverse_kl import Compared, compared, library
+from opd_lightning.ops.reach import Reach, reach
+from opd_lightning.ops.reverse_kl import Compared, Further, compared, computes, library
 from tests.objectives.test_fused import HEADS, Pair, rollout, shrink
 
 builds = pytest.mark.skipif(library() is None, reason="no processor or no compiler for it")
@@ -35,7 +36,10 @@ def exactly(student: Tensor, teacher: Tensor, tokens: Tensor, factors: Tensor, t
     (gradient,) = torch.autograd.grad((factors.double() * value).sum(), leaf)
     drawn = [lp.gather(x.detach(), tokens) for x in (s, t)]
     entropies = [-(x.exp() * x).sum(-1).detach() for x in (s, t)]
-    return Compared(value.detach(), drawn[0], drawn[1], entropies[0], entropies[1], gradient)
+    wanted = reach(s.detach(), t, s.detach().exp(), t.exp(), tokens)
+    normalizers = [(x.double() / temperature).logsumexp(-1) for x in (student, teacher)]
+    further = Further(wanted, *normalizers)
+    return Compared(value.detach(), drawn[0], drawn[1], entropies[0], entropies[1], gradient, further)
 
 
 def near(found: Compared | None, exact: Compared, by_torch: Tensor | None = None) -> None:
@@ -43,7 +47,11 @@ def near(found: Compared | None, exact: Compared, by_torch: Tensor | None = None
     and equal numbers leave little of its digits.
     """
     assert found is not None
-    for name, mine, true in zip(Compared._fields[:-1], found, exact, strict=False):
+    assert found.more is not None and exact.more is not None
+    pairs = {name: (getattr(found, name), getattr(exact, name)) for name in Compared._fields[:-2]}
+    pairs |= {name: (getattr(found.more, name), getattr(exact.more, name)) for name in Further._fields[1:]}
+    pairs |= {name: (getattr(found.more.reach, name), getattr(exact.more.reach, name)) for name in Reach._fields}
+    for name, (mine, true) in pairs.items():
         torch.testing.assert_close(mine.double(), true, rtol=2e-6, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
     if by_torch is None:  # rounded once, from float32
         least = 1e-6 * float(exact.gradient.abs().max())
@@ -64,8 +72,10 @@ def test_as_in_float64(vocab: int, temperature: float, kind: torch.dtype) -> Non
     if kind == torch.float32:
         s, t = (lp.log_softmax(x, temperature) for x in given[:2])
         by_torch = ReverseKL().logit_gradient(s, t, s.exp(), t.exp())[1] * given[3][:, None] / temperature
-    near(compared(*given, temperature), exact, by_torch)
-    near(compared(*given, temperature, given[0]), exact, by_torch)  # the gradient takes the place of the logits
+    found, short = compared(*given, temperature, more=True), compared(*given, temperature)
+    near(found, exact, by_torch)
+    assert short.more is None and all(torch.equal(a, b) for a, b in zip(short[:-1], found[:-1], strict=True))
+    near(compared(*given, temperature, given[0], True), exact, by_torch)  # the gradient takes the place of the logits
 
 
 @builds
@@ -78,7 +88,7 @@ def test_equal_laws_have_no_divergence_and_a_row_does_not_depend_on_others() -> 
         compared(student[3:4], teacher[3:4], tokens[3:4], factors[3:4]),
     )
     assert together is not None and alone is not None
-    for whole, part in zip(together, alone, strict=True):
+    for whole, part in zip(together[:-1], alone[:-1], strict=True):
         assert torch.equal(whole[3:4], part)
 
 
@@ -91,7 +101,7 @@ def test_the_floor_of_log_probabilities_is_that_of_pytorch() -> None:
     student[2, 40] = student[3, 41] = 95.0
     tokens[0], tokens[1] = 5, 9
     given = student, teacher, tokens, factors
-    near(compared(*given), exactly(*given, 1.0))
+    near(compared(*given, more=True), exactly(*given, 1.0))
 
 
 @builds
@@ -108,17 +118,18 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
 @builds
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head", HEADS)
-def test_an_objective_through_it(head: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("agreement_k", [0, 3])
+def test_an_objective_through_it(head: str, kind: torch.dtype, agreement_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and measurements are PyTorch's, gradients as near to float64 as those, whatever the head does to the logits."""
 
     def run(calls: bool) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
         pair, seen = Pair.random(kind, **HEADS[head]), []
         with monkeypatch.context() as patch:
             shrink(patch)
-            patch.setattr(objective_rows, "compared", lambda *a: seen.append(compared(*a[:5])) or (seen[-1] if calls else None))
-            out = Objective(ReverseKL(), temperature=1.5)(pair.student, pair.teacher, rollout())
+            patch.setattr(objective_rows, "computes", lambda *a: seen.append(computes(*a)) or (calls and seen[-1]))
+            out = Objective(ReverseKL(), temperature=1.5)(pair.student, pair.teacher, rollout(), agreement_k)
             found = torch.autograd.grad(out.loss, [pair.student.hidden, *pair.student.head.trained])
-        assert len(seen) > 3 and all(s is not None for s in seen)
+        assert len(seen) > 3 and all(seen)
         return out.loss.detach(), list(found), out.stats.values
 
     (loss, gradients, stats), (expected, others, known) = run(True), run(False)
@@ -135,12 +146,12 @@ def test_an_objective_through_it(head: str, kind: torch.dtype, monkeypatch: pyte
 def test_nothing_else_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float64 is left to PyTorch by the function, other divergences by the objective."""
     shrink(monkeypatch)
-    seen: list[Compared | None] = []
-    monkeypatch.setattr(objective_rows, "compared", lambda *a: seen.append(compared(*a)) or seen[-1])
+    seen: list[bool] = []
+    monkeypatch.setattr(objective_rows, "computes", lambda *a: seen.append(computes(*a)) or seen[-1])
     for divergence in (ForwardKL(), GeneralizedJSD(0.3)):
         pair = Pair.random(torch.bfloat16)
         Objective(divergence)(pair.student, pair.teacher, rollout())
     assert not seen
     pair = Pair.random(torch.float64)
     Objective(ReverseKL())(pair.student, pair.teacher, rollout())
-    assert seen and all(found is None for found in seen)
+    assert seen and not any(seen)
