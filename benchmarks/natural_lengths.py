@@ -16,8 +16,9 @@ import torch
 
 from gate import NEVER
 from harness import alternate, chosen, parser, ratio, report, say, summary, table
+from opd_lightning import memory
 from opd_lightning.data import ChatTemplate
-from opd_lightning.models.distributions import laws_of
+from opd_lightning.models.distributions import laws_of, pack_rows
 from opd_lightning.models.loading import load_tokenizer
 from opd_lightning.models.vocabulary import Vocabulary
 from opd_lightning.paths import data_file
@@ -43,8 +44,10 @@ def main() -> None:
     cases = chosen(given, ["rollout", "teacher", "student"])
     if given.quick:
         given.rows, given.cap, given.rounds = 4, 32, 1
+    memory.keep_freed()  # as a fit does
     folder = prepare("smollm2", 64).teacher
     model: Any = load(folder, given.dtype).eval()
+    assert pack_rows(model), "what takes padding out does not fit this model"
     vocabulary = Vocabulary.of(load_tokenizer(str(folder)))
     lines = data_file(QUESTIONS).read_text(encoding="utf-8").splitlines()[: given.rows]
     prompts = ChatTemplate().ids([json.loads(line) for line in lines], vocabulary.tokenizer)
