@@ -106,7 +106,7 @@ static inline __attribute__((always_inline)) void products(const float *w, const
 
 #define PANEL (2 * LANES)
 #define ACROSS (LANES / 2) /* rows that meet a panel at once */
-#define TERMS 16           /* that are summed up before they are added to the others, for the sake of rounding */
+#define TERMS 8            /* that are summed up before they are added to the others, for the sake of rounding */
 
 static long panels(long out) { return (out + PANEL - 1) / PANEL; }
 
@@ -129,12 +129,8 @@ void opd_pack(const float *weight, long out, long width, float *packed) {
 /* `rows` rows of x times a panel: `count` outputs of each, `apart` numbers from each other. */
 static inline __attribute__((always_inline)) void times_panel(const float *x, long width, const float *w, const int rows,
                                                               const float *bias, long count, long apart, float *y, int add) {
-    vec a[ACROSS][2];
+    vec a[ACROSS][2] = {0};
     mask low = first(count), high = first(count - LANES);
-    for (int r = 0; r < rows; r++) {
-        a[r][0] = bias ? get(bias, low) : each(0.0f), a[r][1] = bias ? get(bias + LANES, high) : each(0.0f);
-        if (add) a[r][0] += get(y + r * apart, low), a[r][1] += get(y + r * apart + LANES, high);
-    }
     for (long start = 0; start < width; start += TERMS) {
         vec part[ACROSS][2] = {0};
         for (long i = start; i < least(start + TERMS, width); i++) {
@@ -147,7 +143,12 @@ static inline __attribute__((always_inline)) void times_panel(const float *x, lo
         }
         for (int r = 0; r < rows; r++) a[r][0] += part[r][0], a[r][1] += part[r][1];
     }
-    for (int r = 0; r < rows; r++) put(y + r * apart, low, a[r][0]), put(y + r * apart + LANES, high, a[r][1]);
+    for (int r = 0; r < rows; r++) {
+        float *to = y + r * apart;
+        if (bias) a[r][0] += get(bias, low), a[r][1] += get(bias + LANES, high);
+        if (add) a[r][0] += get(to, low), a[r][1] += get(to + LANES, high);
+        put(to, low, a[r][0]), put(to + LANES, high, a[r][1]);
+    }
 }
 
 static void linear_packed(const float *x, long rows, long width, const float *weight, const float *bias, long out, float *y,
