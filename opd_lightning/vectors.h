@@ -8,6 +8,8 @@
 
 typedef uint16_t bf16;
 
+#define INLINE static inline __attribute__((always_inline))
+
 static inline long least(long a, long b) { return a < b ? a : b; }
 
 #ifdef __AVX512F__
@@ -117,8 +119,22 @@ static inline vec moved(vec y, int places, vec x, int by) {
 }
 #endif
 
-/* e^x for x from -1e5 to 88, by 2^n and a polynomial: relative error below 3e-7 where it is a normal number, small below. What is
- * not a number stays so. */
+/* Some of the numbers of x or y from place i on, bfloat16 ones (`half`) or float32. */
+INLINE vec get_either(const void *x, long i, mask some, int half) {
+    return half ? halves((const bf16 *)x + i, some) : get((const float *)x + i, some);
+}
+INLINE vec all_either(const void *x, long i, int half) {
+    return half ? all_halves((const bf16 *)x + i) : all((const float *)x + i);
+}
+INLINE void put_either(void *y, long i, mask some, vec value, int half) {
+    if (half)
+        put_halves((bf16 *)y + i, some, value);
+    else
+        put((float *)y + i, some, value);
+}
+
+/* e^x for x from -1e5 to 88, by 2^n and a polynomial: relative error below 3e-7 where it is a normal number, small below. What
+ * is not a number stays so. */
 static inline vec exp_below(vec x) {
 #if LANES == 8
     x = larger(each(-87.0f), x);

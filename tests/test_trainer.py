@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from opd_lightning import trainer as trainer_module
+from opd_lightning.callbacks.step_monitor import TrainMonitor
 from tests.helpers import tiny_data, tiny_module, tiny_trainer, weights
 
 
@@ -40,15 +41,22 @@ def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
         tiny_trainer(tmp_path, float32_matmul="low")
 
 
-def test_a_fused_optimizer_clips_under_mixed_precision(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """Stock Lightning refuses after the first rollouts."""
+@pytest.mark.parametrize(("algorithm", "measured"), [("norm", True), ("norm", False), ("value", True)])
+def test_a_fused_optimizer_clips_under_mixed_precision(
+    algorithm: str, measured: bool, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Stock Lightning refuses after the first rollouts. The norm is known from `TrainMonitor`, if there is one."""
     moved = {}
     for clip in (None, 1e-9):
         module = tiny_module(pair)
         module.optimizer = partial(torch.optim.SGD, lr=1.0, fused=True)
         module.configure_model()
         before = weights(module)
-        tiny_trainer(tmp_path, precision="bf16-mixed", max_steps=1, gradient_clip_val=clip).fit(module, tiny_data())
+        limits = {"gradient_clip_val": clip, "gradient_clip_algorithm": algorithm}
+        trainer = tiny_trainer(tmp_path, precision="bf16-mixed", max_steps=1, **limits)
+        trainer.callbacks = [c for c in trainer.callbacks if measured or not isinstance(c, TrainMonitor)]
+        trainer.fit(module, tiny_data())
+        assert (module.gradient_norm is not None) is measured
         moved[clip] = sum(float((w - before[n]).square().sum()) for n, w in weights(module).items()) ** 0.5
     assert moved[None] > 1e-3 and moved[1e-9] < 1e-6
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opd_lightning.objectives.divergences import ReverseKL
 from opd_lightning.objectives.supports import TopK
-from opd_lightning.ops.agreement import Agreement, Tops
+from opd_lightning.ops.agreement import Agreement, Tops, agreement
 from opd_lightning.ops.estimators import k1, k3
 from opd_lightning.ops.reach import Reach, reach
 from opd_lightning.ops.reverse_kl import Compared
@@ -37,7 +37,7 @@ def statistics(
         exact = torch.linalg.vecdot(student_probs, student - teacher) if reverse_kl is None else reverse_kl
         out["reverse_kl"] = exact
     if 0 < agreement_k <= (known or agreement_k):
-        out |= _of_tops(Tops.of(student, teacher, agreement_k).agreement())
+        out |= _of_tops(agreement(student, teacher, agreement_k))
         if known is None:
             out |= _of_reach(reach(student, teacher, student_probs, teacher_probs, tokens))
     out["student_entropy"] = student_probs.mul_(student).sum(-1).neg_()

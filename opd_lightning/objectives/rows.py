@@ -248,8 +248,8 @@ class ObjectiveRows:
         if type(objective.support) is not FullVocab or type(objective.target) is not TeacherLaw:
             return None
         tokens = self.tokens[start:stop]
-        self._watch(logits, others, start)
         if type(objective.divergence) is ReverseKL and self.known is None and computes(logits, others[0]):
+            self._watch(logits, others, start)
             tops = Tops.of(logits, others[0], self.agreement_k) if self.agreement_k else None  # the gradient takes their place
             found = compared(logits, others[0], tokens, factors[0], objective.temperature, logits, tops is not None)
             drawn: dict[Hashable, Tensor] = {(0, "logprob"): found.logprob, (0, "_teacher_logprob"): found.teacher_logprob}
@@ -266,6 +266,7 @@ class ObjectiveRows:
         measured: dict[Hashable, Tensor] = {(0, "logprob"): lp.gather(student, tokens)}
         measured[0, "_teacher_logprob"] = lp.gather(teacher, tokens)
         measured.update(statistics(student, teacher, *probs, tokens, self.agreement_k, exact, self.known))
+        self._watch(logits, others, start)
         return Scored([value], measured, gradient)
 
     @torch.no_grad()

@@ -45,9 +45,7 @@ static void fetch(const Line *l, const void *x, long heads, long head, long star
     long at = (start * heads + head) * l->size, apart = heads * l->size;
     for (long t = start; t < stop; t++, y += wide, at += apart)
         for (long i = 0; i < l->size; i += LANES) {
-            mask here = first(l->size - i);
-            vec part = l->half ? halves((const bf16 *)x + at + i, here) : get((const float *)x + at + i, here);
-            put(y + i, first(LANES), factor * part);
+            put(y + i, first(LANES), factor * get_either(x, at + i, first(l->size - i), (int)l->half));
         }
 }
 
@@ -55,10 +53,7 @@ static void store(const Line *l, const float *y, long wide, void *x, long heads,
     for (long t = start; t < stop; t++, y += wide)
         for (long i = 0; i < l->size; i += LANES) {
             long at = (t * heads + head) * l->size + i;
-            if (l->half)
-                put_halves((bf16 *)x + at, first(l->size - i), all(y + i));
-            else
-                put((float *)x + at, first(l->size - i), all(y + i));
+            put_either(x, at, first(l->size - i), all(y + i), (int)l->half);
         }
 }
 
@@ -81,8 +76,8 @@ static void turn(const float *x, long count, long wide, long apart, float *y) {
 
 /* ---- products ------------------------------------------------------------------------------------------------------------ */
 
-static inline __attribute__((always_inline)) void tile(const float *a, long down, long along, const float *b, long of_b, long depth,
-                                                       const int vectors, float *c, long of_c, int add) {
+INLINE void tile(const float *a, long down, long along, const float *b, long of_b, long depth, const int vectors, float *c,
+                 long of_c, int add) {
     vec sum[TALL][WIDE];
 #pragma GCC unroll 8
     for (int r = 0; r < TALL; r++)

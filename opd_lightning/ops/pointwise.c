@@ -7,20 +7,12 @@
 
 #include "vectors.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* Numbers from place i on, of which there are `left`; 0 behind the last. */
 INLINE vec take(const void *x, long i, long left, int half) {
-    if (left < LANES) return half ? halves((const bf16 *)x + i, first(left)) : get((const float *)x + i, first(left));
-    return half ? all_halves((const bf16 *)x + i) : all((const float *)x + i);
+    return left < LANES ? get_either(x, i, first(left), half) : all_either(x, i, half);
 }
 
-INLINE void give(void *y, long i, long left, vec value, int half) {
-    if (half)
-        put_halves((bf16 *)y + i, first(left), value);
-    else
-        put((float *)y + i, first(left), value);
-}
+INLINE void give(void *y, long i, long left, vec value, int half) { put_either(y, i, first(left), value, half); }
 
 INLINE vec in_kind(vec x, int half) { return half ? rounded(x) : x; }
 

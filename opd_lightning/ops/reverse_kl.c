@@ -12,8 +12,6 @@
 /* Entries that are summed in float32, before their sum is added in float64. */
 #define CHUNK 1024
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* For every vector from place `i` on: whole ones, then what is left before `end`. */
 #define EACH(end, ...)                                                                                                          \
     for (; i + LANES <= (end); i += LANES) { const int whole_ = 1; __VA_ARGS__ }                                                \
@@ -28,8 +26,7 @@ typedef struct {
 /* Logits from place i on; behind the last one, minus infinity. */
 INLINE vec take(const void *x, long i, long size, const int half, const int whole_) {
     mask here = first(size - i);
-    if (whole_) return half ? all_halves((const bf16 *)x + i) : all((const float *)x + i);
-    return least_where(half ? halves((const bf16 *)x + i, here) : get((const float *)x + i, here), here);
+    return whole_ ? all_either(x, i, half) : least_where(get_either(x, i, here, half), here);
 }
 
 /* The same as log-probabilities that lack the row's constant, not below `least`. Of two operands, NaN in the second is kept. */
@@ -132,10 +129,7 @@ INLINE void compare(const Laws *l, long row, const int half, const int more) {
                 a += where_larger(above, even, p), b += where_larger(above, even, exp_below(t));
                 c += where_larger(even, above, p);
             }
-            if (half)
-                put_halves((bf16 *)gradient + i, here, v);
-            else
-                put((float *)gradient + i, here, v);
+            put_either(gradient, i, here, v, half);
         })
         if (more) liked += total(a), likes += total(b), rejected += total(c);
     }

@@ -11,6 +11,7 @@ import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,8 @@ class Law:
         """
         if self.is_drawn_by_function(logits):
             draws, tokens, logprobs = Draws.of(logits, uniform[:, None], self.temperature)
-            _functions().opd_draw(draws, 0, len(logits), torch.get_num_threads())
+            functions: Any = library()
+            functions.opd_draw(draws, 0, len(logits), torch.get_num_threads())
             return tokens[:, 0], logprobs[:, 0]
         at_once = max(1, CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
         drawn, recorded = [], []
@@ -147,12 +149,6 @@ class Law:
             outside = ranked.cumsum(-1) - ranked >= self.top_p  # the token that crosses the line is kept
             logits = logits.masked_fill(outside.gather(-1, ids.argsort(-1)), -torch.inf)
         return logits.softmax(-1, dtype=torch.float32)
-
-
-def _functions() -> ctypes.CDLL:
-    found = library()
-    assert found is not None
-    return found
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

@@ -7,14 +7,9 @@
 
 #define BLOCK 256
 
-/* Numbers i on, of float32 or bfloat16 ones. */
-static inline vec numbers_at(const void *x, long i, mask some, int half) {
-    return half ? halves((const bf16 *)x + i, some) : get((const float *)x + i, some);
-}
-
 /* Probabilities but for a factor; 0 where one is no normal number beside the largest. */
 static inline vec weights_at(const void *x, long i, mask some, float top, float scale, int half) {
-    vec far = (numbers_at(x, i, some, half) - top) * scale;
+    vec far = (get_either(x, i, some, half) - top) * scale;
     return only(zero_below(far, exp_of(far), -87.0f), some);
 }
 
@@ -25,7 +20,7 @@ static int64_t drawn(const void *x, long size, float scale, float uniform, float
     long block = 0, place = 0;
     for (long i = 0; i < size; i += LANES) {
         mask here = first(size - i);
-        most = larger(most, least_where(numbers_at(x, i, here, half), here));
+        most = larger(most, least_where(get_either(x, i, here, half), here));
     }
     float top = largest(most), weights[BLOCK];
     for (long start = 0; start < size; start += BLOCK) {
@@ -50,7 +45,7 @@ static int64_t drawn(const void *x, long size, float scale, float uniform, float
         running += weights[i];
         if (weights[i] > 0.0f && running > point) break;
     }
-    *logprob = (total(numbers_at(x, place, first(1), half)) - top) * scale - (float)log(sum);
+    *logprob = (total(get_either(x, place, first(1), half)) - top) * scale - (float)log(sum);
     return place;
 }
 

@@ -70,8 +70,8 @@ static void norm_of(const float *x, const float *weight, long width, float eps, 
 
 /* Inner products of four rows of a weight with `rows` rows of x: sums[row][of the weight]. With each vector it asks for `lines`
  * lines of what is needed later. */
-static inline __attribute__((always_inline)) void products(const float *w, const float *const *x, long width, const int rows,
-                                                           const float *later, const int lines, float sums[][4]) {
+INLINE void products(const float *w, const float *const *x, long width, const int rows, const float *later, const int lines,
+                     float sums[][4]) {
     vec a[ROWS][4] = {0};
     long i = 0;
     for (; i + LANES <= width; i += LANES) {
@@ -127,8 +127,8 @@ void opd_pack(const float *weight, long out, long width, float *packed) {
 }
 
 /* `rows` rows of x times a panel: `count` outputs of each, `apart` numbers from each other. */
-static inline __attribute__((always_inline)) void times_panel(const float *x, long width, const float *w, const int rows,
-                                                              const float *bias, long count, long apart, float *y, int add) {
+INLINE void times_panel(const float *x, long width, const float *w, const int rows, const float *bias, long count, long apart,
+                        float *y, int add) {
     vec a[ACROSS][2] = {0};
     mask low = first(count), high = first(count - LANES);
     for (long start = 0; start < width; start += TERMS) {
@@ -229,9 +229,8 @@ static inline void ask(const float *x, long size) {
 
 /* `rows` query heads against the keys and values of `count` places: y = softmax(scale q k') v. The weights of a head take
  * `apart` numbers of p; the keys `then` are read after these. */
-static inline __attribute__((always_inline)) void read_heads(const float *q, const float *keys, const float *values, long count,
-                                                             long size, float scale, const int rows, float *p, long apart,
-                                                             float *y, const float *then) {
+INLINE void read_heads(const float *q, const float *keys, const float *values, long count, long size, float scale,
+                       const int rows, float *p, long apart, float *y, const float *then) {
     const float *own[ROWS];
     const int parts = rows == 1 ? TOGETHER : 1;
     float sums[ROWS][4], share[ROWS];

@@ -219,9 +219,8 @@ static float softmax(float *p, long count, float scale) {
 
 /* 16 `columns` numbers of each head's y = shares p v; the weights of a head take `apart` numbers of p. Asks for the values that
  * are read next. */
-static inline __attribute__((always_inline)) void read_values(const bf16 *values, const bf16 *next, long count, long size,
-                                                              const int columns, const int heads, const float *p, long apart,
-                                                              const float *shares, bf16 *y) {
+INLINE void read_values(const bf16 *values, const bf16 *next, long count, long size, const int columns, const int heads,
+                        const float *p, long apart, const float *shares, bf16 *y) {
     __m512 read[HEADS][4];
     for (int h = 0; h < heads; h++)
         for (int i = 0; i < columns; i++) read[h][i] = _mm512_setzero_ps();
@@ -247,9 +246,8 @@ static inline __attribute__((always_inline)) void read_values(const bf16 *values
 /* `heads` query heads against the keys and values of `count` places: y = softmax(scale q k') v, of `size` numbers each; q as
  * tiles. Behind the last place lie other numbers of the cache, which are left out. Asks for the keys and values that are read
  * next: they lie in many short stretches, which the processor does not foresee. */
-static inline __attribute__((always_inline)) void read_heads(const bf16 *q, const bf16 *keys, const bf16 *values,
-                                                             const bf16 *next, long count, long size, float scale,
-                                                             const int heads, float *p, long apart, bf16 *y) {
+INLINE void read_heads(const bf16 *q, const bf16 *keys, const bf16 *values, const bf16 *next, long count, long size,
+                       float scale, const int heads, float *p, long apart, bf16 *y) {
     const __m512i column = every16th();
     float tables[2][256], shares[HEADS];
     for (long t = 0; t < count; t += 16) {
