@@ -19,6 +19,8 @@ LIBRARIES = tuple(str(Path(package.__file__).parent) for package in (torch, pl) 
 """Where a frame is not what a person looks for."""
 GLANCES = 8
 """How often the main thread is looked at before it counts as standing still."""
+FAREWELL = 10.0
+"""Seconds that the end of a run waits for a last answer of the store."""
 
 
 class Watchdog(pl.Callback):
@@ -40,22 +42,31 @@ class Watchdog(pl.Callback):
             raise ValueError(f"Watchdog(seconds={seconds}): must be at least 0, and 0 watches nothing")
         self.seconds = seconds
         self._over = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if not self.seconds or parallel.world_size() == 1:
             return
-        self._over.set()  # of an earlier fit
+        self._end()  # of an earlier fit
         self._over = threading.Event()
         watched = threading.main_thread().ident
         bell = parallel.shared_counter("opd_watchdog")
         arguments = (trainer, pl_module, watched, bell, self._over)
-        threading.Thread(target=self._watch, args=arguments, name="opd watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, args=arguments, name="opd watchdog", daemon=True)
+        self._thread.start()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._over.set()
+        self._end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """Wait until the thread is gone: one that asks the store while the interpreter ends would abort the process."""
         self._over.set()
+        if self._thread is not None:
+            self._thread.join(FAREWELL)
+            self._thread = None
 
     def _watch(self, trainer: Any, pl_module: Any, watched: int, bell: Any, over: threading.Event) -> None:
         """Look at the main thread until it is over; ring where it stands still, and answer when any rank rings."""

@@ -6,10 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from opd_lightning import parallel
 from opd_lightning.callbacks import Watchdog
 from opd_lightning.trainer import OPDTrainer
 from tests.strategies.test_splits import ROOT
@@ -43,6 +47,27 @@ def test_a_rank_that_works_is_not_suspected(pair: tuple[Path, Path], tmp_path: P
     code, said, everything = lines(pair, tmp_path, 20.0, 1.0, 60.0)
     assert code == 0, everything[-3000:]
     assert not said
+
+
+def test_its_thread_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process may end right behind the run; a thread that were inside the store's call then would abort it."""
+    asked = threading.Event()
+
+    def slow(amount: int) -> int:
+        asked.set()
+        time.sleep(0.3)
+        return 0
+
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "shared_counter", lambda name: slow)
+    trainer: Any = None
+    for end in (lambda w: w.teardown(trainer, trainer, "fit"), lambda w: w.on_exception(trainer, trainer, KeyboardInterrupt())):
+        watchdog = Watchdog(seconds=60.0)
+        watchdog.setup(trainer, trainer, "fit")
+        assert asked.wait(10.0)
+        asked.clear()
+        end(watchdog)
+        assert not any(thread.name == "opd watchdog" for thread in threading.enumerate())
 
 
 def test_it_is_there_by_default_and_has_one_key() -> None:
