@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow test-vllm lint real clean
+.PHONY: demo test test-slow test-memory test-vllm lint real clean
 
 demo: .venv/installed
 	$(BIN)/opd fit -c quickstart.yaml
@@ -13,6 +13,13 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# the functions in C, built by gcc so that any access outside of a block of memory ends the test
+test-memory: .venv/installed
+	HF_HUB_OFFLINE=1 CC="gcc -fsanitize=address -g" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/ops tests/samplers tests/models/test_packing.py \
+	tests/models/test_fusing.py tests/objectives/test_fused.py
 
 # needs the interpreter of an environment with vLLM: `python benchmarks/peers.py vllm` makes one for the CPU
 VLLM_PYTHON ?= build/peers/vllm/bin/python

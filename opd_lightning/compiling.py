@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,16 +48,17 @@ def vectors() -> tuple[str, ...] | None:
 
 def built(source: Path, features: Sequence[str] | None) -> ctypes.CDLL | None:
     """Functions in C, compiled once and kept in the cache folder; None where there is no compiler, or, with a line that says
-    so, where it fails. PyTorch does the same work then.
+    so, where it fails. PyTorch does the same work then. The compiler is ``cc``, or what ``CC`` says, be it with flags.
 
     Args:
         source: of the functions.
         features: of the processor, which they may use; None if it lacks what they need.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    name, *flags = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    compiler = shutil.which(name)
     if features is None or compiler is None:
         return None
-    return _built(source, compiler, (*FLAGS, *(f"-m{feature}" for feature in features)))
+    return _built(source, compiler, (*flags, *FLAGS, *(f"-m{feature}" for feature in features)))
 
 
 @functools.cache

@@ -216,10 +216,10 @@ def test_without_a_compiler_the_decoder_in_pytorch_writes(
 ) -> None:
     """A compiler that fails is told once; none at all is no news."""
     broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho no such option: $1 >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("OPD_CACHE", str(tmp_path))
-    for compiler, told in (("no-compiler-of-this-name", ""), (str(broken), "no such option")):
+    for compiler, told in (("no-compiler-of-this-name", ""), (f"{broken} --strange", "no such option: --strange")):
         monkeypatch.setenv("CC", compiler)
         library.cache_clear()
         try:
