@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import faulthandler
 import inspect
 import io
 import logging
@@ -269,8 +270,11 @@ PIPE = 141
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``opd``. Exit code 0 done, 1 failed while running, 2 refused before, 75 stopped for want of a teacher
-    server (resume it), 141 nobody reads its output any more (``opd configs | head -3``), 143 stopped by a signal.
+    server (resume it), 141 nobody reads its output any more (``opd configs | head -3``), 143 stopped by a signal. A crash below
+    Python (a negative code) says where Python was.
     """
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -37,15 +38,16 @@ eval: {{every_n_steps: 7, sampler: {{max_new_tokens: 24}}}}
 """
 
 
-def start(config: Path, root: Path) -> subprocess.Popen[bytes]:
+def start(config: Path, root: Path, said: IO[str] | int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "opd_lightning", "fit", "-c", str(config), "--trainer.default_root_dir", str(root)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONFAULTHANDLER", None)  # of the tests; a user has none
     return subprocess.Popen(
         [*command, "--ckpt_path", "last"],
         env=environment,
         cwd=root.parent,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=said,
         start_new_session=True,
     )
 

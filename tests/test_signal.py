@@ -25,3 +25,16 @@ def test_sigterm_exits_143_and_resumes(pair: tuple[Path, Path], tmp_path: Path) 
     found = finish(config, tmp_path / "run")
     expected = finish(config, tmp_path / "whole")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_crash_below_python_says_where_python_was(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tmp_path / "crash.yaml"
+    config.write_text(CONFIG.format(steps=60, student=pair[0], teacher=pair[1]))
+    with (tmp_path / "said").open("w") as said:
+        process = start(config, tmp_path / "run", said)
+        while not checkpoints(tmp_path / "run/checkpoints") and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGSEGV)
+        assert process.wait(timeout=100) == -signal.SIGSEGV
+    told = (tmp_path / "said").read_text()
+    assert "Fatal Python error: Segmentation fault" in told and "opd_lightning/cli.py" in told, told[-3000:]
