@@ -47,7 +47,8 @@ def main() -> None:
     memory.keep_freed()  # as a fit does
     folder = prepare("smollm2", 64).teacher
     model: Any = load(folder, given.dtype).eval()
-    assert pack_rows(model), "what takes padding out does not fit this model"
+    if not pack_rows(model):
+        raise SystemExit("what takes padding out does not fit this model")
     vocabulary = Vocabulary.of(load_tokenizer(str(folder)))
     lines = data_file(QUESTIONS).read_text(encoding="utf-8").splitlines()[: given.rows]
     prompts = ChatTemplate().ids([json.loads(line) for line in lines], vocabulary.tokenizer)

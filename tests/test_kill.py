@@ -52,6 +52,12 @@ def start(config: Path, root: Path, said: IO[str] | int = subprocess.DEVNULL) ->
     )
 
 
+def wait_for_training(process: subprocess.Popen[bytes], root: Path) -> None:
+    """Until a first checkpoint stands there, or the process has ended."""
+    while not checkpoints(root / "checkpoints") and process.poll() is None:
+        time.sleep(0.01)
+
+
 def finish(config: Path, root: Path) -> dict[str, torch.Tensor]:
     assert start(config, root).wait(timeout=200) == 0
     last = checkpoints(root / "checkpoints")[0]
@@ -69,8 +75,7 @@ def test_ten_kills(pair: tuple[Path, Path], tmp_path: Path) -> None:
     for number in range(10):
         root = tmp_path / f"run{number}"
         process = start(config, root)
-        while not checkpoints(root / "checkpoints") and process.poll() is None:  # training has begun
-            time.sleep(0.01)
+        wait_for_training(process, root)
         time.sleep(moments.uniform(0.0, 3.0))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import torch
 
 from opd_lightning.callbacks.recovery import checkpoints
-from tests.test_kill import CONFIG, finish, start
+from tests.test_kill import CONFIG, finish, start, wait_for_training
 
 
 def test_sigterm_exits_143_and_resumes(pair: tuple[Path, Path], tmp_path: Path) -> None:
     config = tmp_path / "stop.yaml"
     config.write_text(CONFIG.format(steps=60, student=pair[0], teacher=pair[1]))
     process = start(config, tmp_path / "run")
-    while not checkpoints(tmp_path / "run/checkpoints") and process.poll() is None:
-        time.sleep(0.01)
+    wait_for_training(process, tmp_path / "run")
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=100) == 143
     assert int(checkpoints(tmp_path / "run/checkpoints")[0].stem.split("-")[1]) < 60
@@ -32,8 +30,7 @@ def test_a_crash_below_python_says_where_python_was(pair: tuple[Path, Path], tmp
     config.write_text(CONFIG.format(steps=60, student=pair[0], teacher=pair[1]))
     with (tmp_path / "said").open("w") as said:
         process = start(config, tmp_path / "run", said)
-        while not checkpoints(tmp_path / "run/checkpoints") and process.poll() is None:
-            time.sleep(0.01)
+        wait_for_training(process, tmp_path / "run")
         os.kill(process.pid, signal.SIGSEGV)
         assert process.wait(timeout=100) == -signal.SIGSEGV
     told = (tmp_path / "said").read_text()
